@@ -107,16 +107,15 @@ def measure_experts(rows_list: Sequence[int], rounds: int) -> list[dict[str, Any
     whole = make_experts()
     kinds = mlx_lm_module("models.switch_layers")
 
-    def copied() -> Any:
+    def with_matrices_of(other: Any) -> Any:
         layer = kinds.SwitchGLU(64, 64, 2)
-        layer.gate_proj, layer.up_proj = whole.gate_proj, whole.up_proj
-        layer.down_proj = whole.down_proj
+        layer.gate_proj, layer.up_proj = other.gate_proj, other.up_proj
+        layer.down_proj = other.down_proj
         return layer
 
-    parts, own = copied(), None
+    parts = with_matrices_of(whole)
     part_experts(parts)
-    own = kinds.SwitchGLU(64, 64, 2)
-    own.gate_proj, own.up_proj, own.down_proj = parts.gate_proj, parts.up_proj, parts.down_proj
+    own = with_matrices_of(parts)
     if gated_experts.use_own_experts(own) != 1:
         raise SystemExit("the kernel does not know these experts")
     results = []

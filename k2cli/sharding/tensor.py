@@ -111,26 +111,32 @@ def slice_model(
     raise UsageError(f"tensor parallelism is not possible: {obstacle}", "--parallel pipeline")
 
 
+_SETTINGS = ("group_size", "bits", "mode")
+"""Attributes of a quantized linear layer that say how it is quantized."""
+
+
 class ShardedHead(nn.Module):
     """A linear head of which this rank holds ``vocabulary / size`` consecutive rows."""
 
     def __init__(self, head: nn.Module, group: Any) -> None:
         super().__init__()
         self._group = group
-        wanted = ("group_size", "bits", "mode")
-        self._settings = {name: vars(head)[name] for name in wanted if name in vars(head)}
+        for name in _SETTINGS:
+            if name in vars(head):
+                setattr(self, name, vars(head)[name])
         for name, value in head.parameters().items():
             rows = value.shape[0] // group.size()
             self[name] = mx.contiguous(value[group.rank() * rows : (group.rank() + 1) * rows])
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Compute logits ``[..., vocabulary]`` of hidden states ``[..., width]``, on every rank."""
-        part = self._part(hidden)
+        part = self.product(hidden)
         if "bias" in self:
             part = part + self["bias"]
         return gather_last_axis(part, self._group)
 
-    def _part(self, hidden: mx.array) -> mx.array:
+    def product(self, hidden: mx.array) -> mx.array:
+        """Multiply by this rank's rows alone."""
         if "scales" in self:
             return mx.quantized_matmul(
                 hidden,
@@ -138,7 +144,7 @@ class ShardedHead(nn.Module):
                 scales=self["scales"],
                 biases=self.get("biases"),
                 transpose=True,
-                **self._settings,
+                **{name: vars(self)[name] for name in _SETTINGS if name in vars(self)},
             )
         weight: mx.array = self["weight"]
         return hidden @ weight.T

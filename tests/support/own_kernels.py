@@ -54,8 +54,8 @@ def chosen_experts(
 def _dequantized(arrays: Mapping[str, mx.array], settings: Mapping[str, Any]) -> mx.array:
     return mx.dequantize(
         arrays["weight"],
-        arrays["scales"],
-        arrays["biases"],
+        arrays["scales"].astype(mx.float32),
+        arrays["biases"].astype(mx.float32),
         group_size=settings["group_size"],
         bits=settings["bits"],
-    ).astype(mx.float32)
+    )

@@ -77,6 +77,13 @@ def compile_one_token(model: nn.Module) -> int:
     return count
 
 
+def forget_one_token(model: nn.Module) -> None:
+    """Let what is compiled be compiled again at its next call: what it calls has changed."""
+    for module in model.modules():
+        if isinstance(getattr(module, "one_token", None), OneToken):
+            module.one_token = OneToken(module)
+
+
 def is_one_token(x: mx.array) -> bool:
     """True if ``x`` ``[batch, queries, width]`` has one token of each of a few sequences."""
     batch, queries, _ = x.shape

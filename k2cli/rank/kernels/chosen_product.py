@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from k2cli.rank.kernels.cuda_text import shortened
+from k2cli.rank.kernels.cuda_text import AS_FLOAT, shortened
 
 BITS = (2, 4, 8)
 """Bits of a weight that the kernel knows: those that divide a word."""
@@ -32,10 +32,6 @@ _SUMS = 8
 
 _HEADER = """
 namespace k2 {
-
-__device__ __forceinline__ float as_float(float value) { return value; }
-__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Read COUNT values that lie one after the other, from an address that 16 divides.
 template <int COUNT, typename T>
@@ -170,20 +166,20 @@ _SOURCE = """
   __shared__ float shared[MOST_CHOICES][TILE];
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    if (within == i) shared[column][(lane / LANES) * EACH + i] = sums[i];
+    if (within == i % LANES) shared[column][(lane / LANES) * EACH + i] = sums[i];
   }
   __syncthreads();
-  if (threadIdx.x < TILE) {
+  for (int output = threadIdx.x; output < TILE; output += blockDim.x) {
     float result = 0.0f;
     for (int i = 0; i < choices; ++i) {
-      result += shared[i][threadIdx.x] * factors[row * factors_strides[0] + i * factors_strides[1]];
+      result += shared[i][output] * factors[row * factors_strides[0] + i * factors_strides[1]];
     }
-    out[int64_t(row) * OUTPUTS + warp * TILE + threadIdx.x] = static_cast<T>(result);
+    out[int64_t(row) * OUTPUTS + warp * TILE + output] = static_cast<T>(result);
   }
 #else
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    if (within == i) {
+    if (within == i % LANES) {
       float result = sums[i];
       if (GATED) {
         result = result / (1.0f + __expf(-result)) * sums[(MATRICES - 1) * EACH + i];
@@ -352,7 +348,7 @@ def _kernel(form: _Form) -> tuple[Any, int, int]:
         input_names=names,
         output_names=["out"],
         source=shortened(text),
-        header=defined + shortened(_HEADER),
+        header=defined + shortened(AS_FLOAT + _HEADER),
         ensure_row_contiguous=False,
     )
     return kernel, outputs, outputs // _tile(form.inputs, form.bits, form.gated)

@@ -1,6 +1,15 @@
-"""Text of k2's own CUDA kernels."""
+"""Text of k2's own CUDA kernels: what they share, and how it is shortened."""
 
 from __future__ import annotations
+
+AS_FLOAT = """
+namespace k2 {
+__device__ __forceinline__ float as_float(float value) { return value; }
+__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+}  // namespace k2
+"""
+"""``k2::as_float`` of each type that MLX has for weights on a GPU."""
 
 
 def shortened(text: str) -> str:

@@ -11,18 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from k2cli.rank.kernels.cuda_text import shortened
+from k2cli.rank.kernels.cuda_text import AS_FLOAT, shortened
 
 MOST_EXPERTS = 1024
 _WARP = 32
-
-_HEADER = """
-namespace k2 {
-__device__ __forceinline__ float as_float(float value) { return value; }
-__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-}
-"""
 
 _SOURCE = """
   constexpr int EACH = (EXPERTS + 31) / 32;
@@ -119,6 +111,6 @@ def _kernel(experts: int, choices: int, normalised: bool, scale: float) -> Any:
         input_names=["logits", "correction"],
         output_names=["experts", "factors"],
         source="".join(lines) + shortened(_SOURCE),
-        header=shortened(_HEADER),
+        header=shortened(AS_FLOAT),
         ensure_row_contiguous=True,
     )

@@ -34,6 +34,13 @@ def compile_feed_forward(model: nn.Module) -> int:
     return count
 
 
+def forget_feed_forward(model: nn.Module) -> None:
+    """Let parts be compiled again at their next call: what they call has changed."""
+    for module in model.modules():
+        if isinstance(module, _Compiled):
+            vars(module).pop("_of_few", None)
+
+
 def is_shared(module: nn.Module) -> bool:
     """True if ranks compute a module together; what they exchange is not compiled."""
     return getattr(module, "sharding_group", None) is not None or any(

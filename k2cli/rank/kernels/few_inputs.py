@@ -15,6 +15,12 @@ import mlx.nn as nn
 
 from k2cli.rank.own_classes import use_own_class
 
+QUANTIZED_LINEARS: tuple[type[nn.Module], ...] = (
+    nn.QuantizedLinear,
+    nn.QuantizedAllToShardedLinear,
+    nn.QuantizedShardedToAllLinear,
+)
+"""MLX's own classes of quantized linear layers, of which a module is one until k2 changes it."""
 TILES_AHEAD = 3
 _TILE_INPUTS = 64
 """Inputs of a tile; as many as a group has, if that is more."""
@@ -60,13 +66,6 @@ class _Lengthened:
         return product
 
 
-_KINDS: tuple[type[nn.Module], ...] = (
-    nn.QuantizedLinear,
-    nn.QuantizedAllToShardedLinear,
-    nn.QuantizedShardedToAllLinear,
-)
-
-
 def lengthen_linears(model: nn.Module) -> int:
     """Lengthen the quantized linear layers with few inputs of an evaluated model, in place.
 
@@ -75,7 +74,7 @@ def lengthen_linears(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if type(module) not in _KINDS:
+        if type(module) not in QUANTIZED_LINEARS:
             continue
         group_size, bits = module.group_size, module.bits
         missing = missing_inputs(module["scales"].shape[-1] * group_size, group_size)

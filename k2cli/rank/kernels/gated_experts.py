@@ -62,7 +62,7 @@ class GatedExperts:
     def _products(
         self: Any, x: mx.array, chosen: mx.array, factors: mx.array | None = None
     ) -> mx.array:
-        parts, settings = _gate_and_up(self)
+        parts, settings = gate_and_up(self)
         hidden = chosen_product(x, chosen, parts, settings, gated=True)
         down = self.down_proj
         return chosen_product(hidden, chosen, down.parts, down.settings, factors=factors)
@@ -73,7 +73,7 @@ def adds_up(experts: Any, choices: int) -> bool:
     return isinstance(experts, GatedExperts) and choices <= MOST_CHOICES
 
 
-def _gate_and_up(experts: Any) -> tuple[_Parts, dict[str, Any]]:
+def gate_and_up(experts: Any) -> tuple[_Parts, dict[str, Any]]:
     """Return the parts of both projections, the gate's first, and how they are quantized."""
     gate, up = experts.gate_proj, experts.up_proj
     if isinstance(gate, JoinedProjection):
@@ -92,7 +92,7 @@ def _fits(experts: Any) -> bool:
         return False
     if not joined and gate.settings != up.settings:
         return False
-    parts, settings = _gate_and_up(experts)
+    parts, settings = gate_and_up(experts)
     return is_known(parts, settings, matrices[0].inputs, gated=True) and is_known(
         down.parts, down.settings, down.inputs
     )

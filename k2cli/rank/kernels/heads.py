@@ -49,7 +49,7 @@ class HeadProjection(nn.Module):
             _arrays(projection), self.missing, group_size=self.group_size, bits=self.bits
         )
         for name, value in arrays.items():
-            self[name] = value
+            self[name] = mx.contiguous(value)  # k2's kernel looks at no strides of weights
         mx.eval(self.parameters())
         self.knows_few_rows = is_known([arrays], _settings(self), self.inputs)
 

@@ -12,15 +12,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from k2cli.rank.attention.one_token import forget_one_token
 from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.joined_projections import JoinedProjection
 from k2cli.rank.kernels.comparison import relative_error
 from k2cli.rank.kernels.expert_choice import chosen_experts
 from k2cli.rank.kernels.experts import one_expert_product
-from k2cli.rank.kernels.feed_forward import compile_feed_forward
-from k2cli.rank.kernels.gated_experts import GatedExperts, use_own_experts
+from k2cli.rank.kernels.feed_forward import compile_feed_forward, forget_feed_forward
+from k2cli.rank.kernels.gated_experts import GatedExperts, gate_and_up, use_own_experts
 from k2cli.rank.kernels.heads import HeadProjection, head_shape, wrong_head
-from k2cli.rank.kernels.linears import RowsTogether, use_own_linears
+from k2cli.rank.kernels.linears import HeadRowsTogether, RowsTogether, use_own_linears
+from k2cli.rank.kernels.shared_product import DTYPES
 from k2cli.rank.own_classes import leave_own_class
 
 _LEAST_CAPABILITY = 8
@@ -52,16 +54,18 @@ def find_wrong_kernel(model: nn.Module) -> str | None:
             if not error <= _TOLERANCE:
                 return f"{what} differs by {error:.2g} of the largest result"
     except (RuntimeError, ValueError) as error:  # what MLX raises if a kernel cannot be compiled
-        return str(error).strip().splitlines()[0]
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None
 
 
 def leave_own_kernels(model: nn.Module) -> None:
     """Let a model compute everything with MLX's kernels again."""
     for module in model.modules():
-        for own in (GatedExperts, RowsTogether):
+        for own in (GatedExperts, RowsTogether, HeadRowsTogether):
             leave_own_class(module, own)
     _leave_heads(model)
+    forget_feed_forward(model)
+    forget_one_token(model)
 
 
 def _leave_heads(model: nn.Module) -> None:
@@ -79,7 +83,7 @@ def _errors(model: nn.Module) -> Iterator[tuple[str, float]]:
     """Yield what was compared and its error, once for each shape."""
     seen: set[Any] = set()
     for module in model.modules():
-        if isinstance(module, RowsTogether):
+        if isinstance(module, RowsTogether | HeadRowsTogether):
             linear: Any = module
             shape: Any = (
                 linear["weight"].shape,
@@ -92,7 +96,7 @@ def _errors(model: nn.Module) -> Iterator[tuple[str, float]]:
                 yield from _linear_errors(linear)
         elif isinstance(module, GatedExperts):
             experts: Any = module
-            shape = tuple(value.shape for value in experts.down_proj.parts[0].values())
+            shape = _experts_shape(experts)
             if shape not in seen:
                 seen.add(shape)
                 yield from _expert_errors(experts)
@@ -106,6 +110,18 @@ def _errors(model: nn.Module) -> Iterator[tuple[str, float]]:
         yield _choice_error()
 
 
+def _experts_shape(experts: Any) -> tuple[Any, ...]:
+    """Return all that decides which kernels compute experts."""
+    matrices = gate_and_up(experts), (experts.down_proj.parts, experts.down_proj.settings)
+    return tuple(
+        (
+            *settings.values(),
+            *((value.shape, value.dtype) for part in parts for value in part.values()),
+        )
+        for parts, settings in matrices
+    )
+
+
 def _waves(rows: int, width: int, dtype: mx.Dtype) -> mx.array:
     """Return ``[rows, width]`` that no short period repeats: other weights give other results."""
     waves = mx.cos(mx.arange(rows * width, dtype=mx.float32) * 1.7)
@@ -113,7 +129,7 @@ def _waves(rows: int, width: int, dtype: mx.Dtype) -> mx.array:
 
 
 def _linear_errors(linear: Any) -> Iterator[tuple[str, float]]:
-    dtype = linear["scales"].dtype
+    dtype = linear["scales"].dtype if linear["scales"].dtype in DTYPES else DTYPES[0]
     outputs, words = linear["weight"].shape
     inputs = words * 32 // linear.bits
     ends = [slice(0, _CHECKED_OUTPUTS), slice(max(outputs - _CHECKED_OUTPUTS, 0), outputs)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from k2cli.rank.kernels.cuda_text import shortened
+from k2cli.rank.kernels.cuda_text import AS_FLOAT, shortened
 
 DTYPES = (mx.bfloat16, mx.float16)
 """Types of the inputs that the kernel knows."""
@@ -68,10 +68,6 @@ struct Packed<__half> {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 };
-
-__device__ __forceinline__ float as_float(float value) { return value; }
-__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Read 8 values and pair each with the one 4 places after it, as nibbles of a word are paired.
 template <typename T>
@@ -278,6 +274,6 @@ def _kernel(group_size: int, tiles: int) -> Any:
         input_names=["x", "weight", "scales", "biases"],
         output_names=["out"],
         source=constants + shortened(_SOURCE),
-        header=shortened(_HEADER),
+        header=shortened(AS_FLOAT + _HEADER),
         ensure_row_contiguous=True,
     )

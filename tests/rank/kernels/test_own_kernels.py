@@ -1,7 +1,7 @@
-"""k2's own CUDA kernels: what they compute on a GPU, and which module asks them for what on a CPU.
+"""Models with k2's own CUDA kernels compute what mlx-lm computes, and leave kernels that are wrong.
 
-On a CPU plain operations stand in for the kernels (``tests.support.own_kernels``), so that the
-modules around them are compared with mlx-lm's. With a GPU the kernels are compared with these.
+On a CPU plain operations stand in for the kernels (``tests.support.own_kernels``); the kernels
+themselves are compared with these in ``test_kernel_text``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from k2cli.rank.attention.latent import use_own_attention
 from k2cli.rank.attention.one_token import compile_one_token
 from k2cli.rank.joined_projections import join_projections
 from k2cli.rank.kernels import (
-    chosen_product,
     device,
-    expert_choice,
     feed_forward,
     gated_experts,
     heads,
@@ -32,6 +30,7 @@ from k2cli.rank.kernels.gated_experts import GatedExperts
 from k2cli.rank.kernels.linears import RowsTogether
 from k2cli.sharding.assemble import build, cast
 from k2cli.sharding.stage import make_cache
+from k2cli.sharding.tensor import ShardedHead, StandInGroup
 from lab.toy_k2.checkpoint import ToyShape, toy_config
 from tests.support import own_kernels as plain
 from tests.support.latent_models import MLX_LM, TOKENS
@@ -84,7 +83,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (gated_experts, heads):
         monkeypatch.setattr(module, "chosen_product", plain.chosen_product)
     monkeypatch.setattr(linears, "shared_product", plain.shared_product)
-    monkeypatch.setattr(linears, "DTYPES", (mx.float32,))
+    for module in (linears, own_kernels):
+        monkeypatch.setattr(module, "DTYPES", (mx.float32,))
     for module in (feed_forward, own_kernels):
         monkeypatch.setattr(module, "chosen_experts", plain.chosen_experts)
     return
@@ -133,6 +133,10 @@ def test_a_model_leaves_kernels_that_fail(
     device.avoid_wrong_kernels(model)
     use_own_attention(model, MLX_LM)
     compile_one_token(model)
+    if how == "wrong":
+        assert any(
+            _error(mine, other) > 0.01 for mine, other in zip(_logits(model), wanted, strict=True)
+        ), "what is compiled with wrong kernels must be compiled again"
     device.check_kernels(model)
     assert len(said) == 1
     assert ("no compiler" in said[0]) == (how == "cannot be compiled")
@@ -141,98 +145,57 @@ def test_a_model_leaves_kernels_that_fail(
         assert _error(mine, other) < 1e-4
 
 
+@pytest.mark.usefixtures("stand_ins")
+def test_the_check_asks_a_kernel_only_for_types_that_it_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: set[mx.Dtype] = set()
+
+    def noted(x: mx.array, *arguments: Any) -> mx.array:
+        asked.add(x.dtype)
+        return plain.shared_product(x, *arguments)
+
+    monkeypatch.setattr(linears, "shared_product", noted)
+    for module in (linears, own_kernels):
+        monkeypatch.setattr(module, "DTYPES", shared_product.DTYPES)
+    model = _model(mx.float32)
+    device.avoid_wrong_kernels(model)
+    assert own_kernels.find_wrong_kernel(model) is None
+    assert asked
+    assert asked <= set(shared_product.DTYPES)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_head_in_slices_uses_the_kernel_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def noted(x: mx.array, *arguments: Any) -> mx.array:
+        rows.append(len(x))
+        return plain.shared_product(x, *arguments)
+
+    monkeypatch.setattr(linears, "shared_product", noted)
+    whole = nn.QuantizedLinear.from_linear(nn.Linear(256, 128), 32, 4)
+    model = nn.Module()
+    model.head = ShardedHead(whole, StandInGroup(1, 2))
+    mx.eval(model.parameters())
+    assert linears.use_own_linears(model) == 1
+    assert own_kernels.find_wrong_kernel(model) is None
+    rows.clear()
+    for count in (2, 40):
+        x = mx.random.normal((count, 1, 256))
+        wanted = (whole(x) - whole["bias"])[..., 64:]
+        assert _error(model.head.product(x), wanted) < 1e-4
+    assert rows == [2]
+    own_kernels.leave_own_kernels(model)
+    assert type(model.head) is ShardedHead
+
+
 def test_a_cpu_uses_no_kernel_of_k2() -> None:
     model = _model()
     if mx.default_device() == mx.cpu:
         device.avoid_wrong_kernels(model)
         kinds = (RowsTogether, GatedExperts, _CompiledMoE)
         assert not any(isinstance(module, kinds) for module in model.modules())
-
-
-def _parts(
-    widths: tuple[int, ...], inputs: int, bits: int, group_size: int, dtype: mx.Dtype
-) -> list[dict[str, mx.array]]:
-    parts = []
-    for width in widths:
-        weight = mx.random.normal((6, width, inputs)) * 0.1
-        arrays = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits)
-        parts.append(dict(zip(("weight", "scales", "biases"), arrays, strict=True)))
-    mx.eval(parts)
-    return parts
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
-@pytest.mark.parametrize(
-    ("inputs", "widths", "bits", "group_size"),
-    [
-        (7168, (128, 128), 4, 64), (2048, (256,), 4, 64), (128, (512,), 4, 64),
-        (512, (64,), 4, 128), (2048, (64,), 4, 32), (1024, (64,), 8, 32), (1024, (64,), 2, 64),
-        (960, (64,), 4, 64),
-    ],
-)  # fmt: skip
-def test_products_with_chosen_matrices(
-    inputs: int, widths: tuple[int, ...], bits: int, group_size: int, dtype: mx.Dtype
-) -> None:
-    mx.random.seed(1)
-    parts = _parts(widths, inputs, bits, group_size, dtype)
-    settings = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    bound = 1e-5 if dtype == mx.float32 else 0.01
-    asked = 0
-    for rows, choices in ((1, 3), (5, 3)):
-        chosen = mx.random.randint(0, 6, (rows, 6)).astype(mx.uint32)[:, 2 : 2 + choices]
-        # One value more: rows that no vector load may read at once.
-        wide = mx.random.normal((rows * choices, inputs + 1)).astype(dtype)
-        for x in (wide[:rows, :-1], wide[:rows, 1:], mx.contiguous(wide[:, :-1])):
-            for gated, added in ((False, False), (True, False), (False, True)):
-                if not chosen_product.is_known(parts, settings, inputs, gated=gated):
-                    continue
-                factors = mx.random.uniform(shape=(rows, choices)) if added else None
-                options: Any = {"gated": gated, "factors": factors}
-                found = chosen_product.chosen_product(x, chosen, parts, settings, **options)
-                wanted = plain.chosen_product(x, chosen, parts, settings, **options)
-                assert found.shape == wanted.shape
-                assert _error(found, wanted) < bound, (rows, choices, gated, added)
-                asked += 1
-    assert asked >= 12
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize(("inputs", "outputs"), [(7168, 576), (128, 100), (1024, 4096)])
-def test_products_with_a_shared_matrix(
-    inputs: int, outputs: int, group_size: int, dtype: mx.Dtype
-) -> None:
-    mx.random.seed(2)
-    arrays = {
-        name: value[0]
-        for name, value in _parts((outputs,), inputs, 4, group_size, dtype)[0].items()
-    }
-    assert shared_product.is_known(arrays, {"group_size": group_size, "bits": 4, "mode": "affine"})
-    for rows in (1, 2, 8, 9, 16):
-        wide = mx.random.normal((rows, inputs + 8)).astype(dtype)
-        for x in (wide[:, :inputs], wide[:, 3 : 3 + inputs]):
-            found = shared_product.shared_product(x, arrays, group_size)
-            assert _error(found, plain.shared_product(x, arrays, group_size)) < 0.01, rows
-
-
-@on_gpu
-@pytest.mark.parametrize("experts", [8, 64, 384])
-def test_the_choice_of_experts(experts: int) -> None:
-    mx.random.seed(3)
-    logits, correction = mx.random.normal((9, experts)), mx.random.normal((experts,)) * 0.1
-    for normalised in (True, False):
-        options: Any = {"choices": 4, "normalised": normalised, "scale": 2.827}
-        found = expert_choice.chosen_experts(logits, correction, **options)
-        wanted = plain.chosen_experts(logits, correction, **options)
-        assert mx.array_equal(found[0], wanted[0])
-        assert _error(found[1], wanted[1]) < 1e-5
-    broken = mx.full((2, experts), float("nan"))
-    chosen, _ = expert_choice.chosen_experts(
-        broken, correction, choices=4, normalised=True, scale=1.0
-    )
-    assert int(chosen.max().item()) < experts  # type: ignore[arg-type]
 
 
 @on_gpu
