@@ -211,3 +211,20 @@ def test_a_model_on_a_gpu_computes_what_mlx_lm_computes_on_a_cpu() -> None:
         device.check_kernels(model)
         for mine, other in zip(_logits(model), wanted, strict=True):
             assert _error(mine, other) < bound
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    "kind", [nn.QuantizedAllToShardedLinear, nn.QuantizedShardedToAllLinear], ids=str
+)
+def test_linear_layers_of_slices_compute_the_same(kind: Any) -> None:
+    mx.random.seed(4)
+    layer = kind(128, 64, bias=True, group_size=32, bits=4, group=mx.distributed.init())
+    layer.bias = mx.random.normal((64,))
+    inputs = [mx.random.normal((rows, 1, 128)) for rows in (1, 8, 40)]
+    wanted = [layer(x) for x in inputs]
+    assert linears.use_own_linears(layer) == 1
+    for x, other in zip(inputs, wanted, strict=True):
+        found = layer(x)
+        assert found.shape == other.shape
+        assert _error(found, other) < 1e-5
