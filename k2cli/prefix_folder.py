@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import stat
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.errors import K2Error
 from k2cli.files import decode_json, open_regular, private_folder, read_regular, write_atomically
 from k2cli.settings import cache_directory
 
@@ -158,12 +160,21 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def stores() -> list[StoreFolder]:
     """List the stores, those of the most recently used model first, and each by its ranks.
 
+    Folders of other names are left out: they are not of k2, and what is listed may be removed.
+
     Raises:
+        K2Error: if something else than a folder is in its place. Behind a link may be any folders.
         OSError: if the folder is there and cannot be read.
     """
     found = []
-    for entry in _entries(prefixes_directory()):
-        if entry.is_dir(follow_symlinks=False):
+    root = prefixes_directory()
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        kind = "a link" if root.is_symlink() else "no folder"
+        error = f"'{root}' is {kind}, and k2 keeps no caches of prompts there"
+        raise K2Error(error, f"ls -ld {shlex.quote(str(root))}")
+    for entry in _entries(root):
+        is_store = entry.name.rpartition("-")[2].isdecimal() and "-" in entry.name
+        if is_store and entry.is_dir(follow_symlinks=False):
             folder = Path(entry.path)
             files = list(blocks_of(folder))
             note = StoreNote()

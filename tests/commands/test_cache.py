@@ -155,6 +155,33 @@ def test_what_a_killed_writer_has_left_goes_at_the_next_start() -> None:
     os.close(again)
 
 
+@pytest.mark.parametrize("words", [["list"], ["clear", "--yes"]])
+def test_folders_that_k2_has_not_made_are_never_removed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever links the folder to a larger disk must not lose that disk's folders."""
+    disk = tmp_path / "disk"
+    (disk / "photos" / "2026-1").mkdir(parents=True)
+    (disk / "secret").write_bytes(b"mine")
+    prefixes_directory().parent.mkdir()
+    prefixes_directory().symlink_to(disk)
+    with pytest.raises(K2Error, match="is a link") as refused:
+        run_command_line(["cache", *words])
+    assert refused.value.hint == f"ls -ld {prefixes_directory()}"
+    prefixes_directory().unlink()
+    prefixes_directory().write_bytes(b"")
+    with pytest.raises(K2Error, match="is no folder"):
+        run_command_line(["cache", *words])
+    prefixes_directory().unlink()
+    os.close(_store("a-0", "kimi", 1))
+    (prefixes_directory() / "photos" / "holidays").mkdir(parents=True)
+    run_command_line(["cache", *words])
+    capsys.readouterr()
+    assert (prefixes_directory() / "photos" / "holidays").is_dir()
+    assert (disk / "photos" / "2026-1").is_dir()
+    assert (disk / "secret").read_bytes() == b"mine"
+
+
 def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:
     naming_secret()
     prefixes_directory().chmod(0o755)
