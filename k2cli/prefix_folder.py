@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -175,20 +176,25 @@ def stores() -> list[StoreFolder]:
     for entry in _entries(root):
         is_store = entry.name.rpartition("-")[2].isdecimal() and "-" in entry.name
         if is_store and entry.is_dir(follow_symlinks=False):
-            folder = Path(entry.path)
-            files = list(blocks_of(folder))
-            note = StoreNote()
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                note = decode_json(read_regular(folder / _NOTE_NAME, 2**16), StoreNote)
-            used = max((file.used for file in files), default=entry.stat().st_mtime)
-            size = sum(file.nbytes for file in files)
-            tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
-            where = (note.model, note.rank, note.ranks)
-            found.append(StoreFolder(folder, *where, tokens, size, used, _is_used(folder)))
+            with contextlib.suppress(FileNotFoundError):  # removed at this very moment
+                found.append(_described(Path(entry.path)))
     last: dict[str, float] = {}
     for store in found:
         last[_run_name(store)] = max(store.used, last.get(_run_name(store), 0.0))
     return sorted(found, key=lambda store: (-last[_run_name(store)], _run_name(store), store.rank))
+
+
+def _described(folder: Path) -> StoreFolder:
+    made = folder.stat().st_mtime
+    files = list(blocks_of(folder))
+    note = StoreNote()
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        note = decode_json(read_regular(folder / _NOTE_NAME, 2**16), StoreNote)
+    used = max((file.used for file in files), default=made)
+    size = sum(file.nbytes for file in files)
+    tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
+    where = (note.model, note.rank, note.ranks)
+    return StoreFolder(folder, *where, tokens, size, used, _is_used(folder))
 
 
 def _run_name(store: StoreFolder) -> str:
@@ -278,7 +284,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def remove_store(folder: Path) -> None:
-    """Remove a store and all its blocks.
+    """Remove a store and all its blocks, as far as nobody else removes it at this moment.
 
     It gets another name first, so that a run that uses it does not write into it meanwhile.
 
@@ -286,8 +292,16 @@ def remove_store(folder: Path) -> None:
         OSError: if something of it cannot be removed.
     """
     removed = folder.with_name(f"{os.urandom(4).hex()}-{folder.name}")
-    folder.rename(removed)
-    shutil.rmtree(removed)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(removed)
+        shutil.rmtree(removed, onerror=_raise_unless_gone)
+
+
+def _raise_unless_gone(_: object, path: str, failure: tuple[Any, OSError, Any]) -> None:
+    """Raise the error of a file that cannot be removed, with its whole path."""
+    error = failure[1]
+    if not isinstance(error, FileNotFoundError):
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def remove_if_empty(folder: Path) -> None:

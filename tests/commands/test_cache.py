@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,42 @@ def test_what_a_killed_writer_has_left_goes_at_the_next_start() -> None:
     assert [file.name for file in blocks_of(folder)] == [f"{'5c' * 16}/{0:032x}"]
     assert [store.in_use for store in stores()] == [True]
     os.close(again)
+
+
+@pytest.mark.parametrize("when", ["listed", "renamed", "emptied"])
+def test_a_store_that_another_command_removes_at_the_same_time_is_no_error(
+    when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a-0", "b-0"):
+        os.close(_store(name, "kimi", 2))
+    if when == "listed":
+        read = prefix_folder.read_regular
+
+        def remove(path: Path, limit: int) -> bytes:
+            shutil.rmtree(path.parent)
+            return read(path, limit)
+
+        monkeypatch.setattr(prefix_folder, "read_regular", remove)
+    elif when == "renamed":
+        found = stores()
+        monkeypatch.setattr(prefix_folder, "stores", lambda: found)
+        prefix_folder.remove_store(prefixes_directory() / "a-0")
+    else:
+        unlink = os.unlink
+
+        def after_another(*arguments: Any, **options: Any) -> None:
+            unlink(*arguments, **options)
+            unlink(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", after_another)
+            for folder in list(prefixes_directory().glob("*-0")):
+                prefix_folder.remove_store(folder)
+        assert [path.name for path in prefixes_directory().iterdir()] == ["secret"]
+        return
+    run_command_line(["cache", "clear", "--yes"])
+    capsys.readouterr()
+    assert not list(prefixes_directory().iterdir())
 
 
 @pytest.mark.parametrize("words", [["list"], ["clear", "--yes"]])
