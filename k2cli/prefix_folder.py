@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -297,9 +296,13 @@ def remove_store(folder: Path) -> None:
         shutil.rmtree(removed, onerror=_raise_unless_gone)
 
 
-def _raise_unless_gone(_: object, path: str, failure: tuple[Any, OSError, Any]) -> None:
+def _raise_unless_gone(
+    _: object, path: str, failure: tuple[type[BaseException], BaseException, object]
+) -> None:
     """Raise the error of a file that cannot be removed, with its whole path."""
     error = failure[1]
+    if not isinstance(error, OSError):
+        raise error
     if not isinstance(error, FileNotFoundError):
         raise OSError(error.errno, error.strerror, path) from error
 
