@@ -86,10 +86,10 @@ class Admission:
         """Return the running request whose prompt this one waits for; None if it need not."""
         if self._prefixes.whole_only:
             return None
-        awaited = awaited_row(waiting, self._table.prefilling)
+        awaited = awaited_row(waiting, self._table.prefilling, self._line.counter_of)
         if awaited is not None and waiting.found_among != self._prefixes.count_added:
             self._line.find_prefix(waiting)
-            awaited = awaited_row(waiting, self._table.prefilling)
+            awaited = awaited_row(waiting, self._table.prefilling, self._line.counter_of)
         return awaited
 
     def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:

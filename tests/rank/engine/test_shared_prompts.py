@@ -67,3 +67,34 @@ def test_a_request_waits_for_no_prompt_whose_tokens_it_finds_by_now() -> None:
     machine.run_until(shorter, waits)
     assert longer not in machine.started
     assert machine.reports[waits].cached_tokens == 450
+
+
+def test_a_request_waits_for_no_prompt_of_another_key_whose_turn_is_later() -> None:
+    """With --share-prefixes: that key has long answers, so that the prompts of others pass it."""
+    waited = []
+    for scope in ("all", "a"):
+        machine = Machine(2, 16)
+        machine.send("c", 30, 60)
+        for _ in range(8):
+            machine.send("b", 20, 900, scope="all")
+        for _ in range(400):
+            if not any(row.request.owner == "c" for row in machine.table.admitted):
+                machine.send("c", 30, 1)
+            machine.step()
+        prompt = machine.draw.choices(range(10**9), k=800)
+        machine.send("b", prompt, 2, scope="all")
+        machine.admission.admit([])
+        for _ in range(12):
+            machine.send("c", 800, 2)
+        before = machine.units
+        machine.run_until(machine.send("a", prompt, 2, scope=scope))
+        waited.append(machine.units - before)
+    assert waited[0] < 2 * waited[1]  # it was three times as long
+
+
+def test_keys_that_share_prefixes_compute_a_prompt_once() -> None:
+    machine = Machine(8, 8)
+    prompt = machine.draw.choices(range(10**9), k=800)
+    names = [machine.send(owner, prompt, 3, scope="all") for owner in "abc"]
+    machine.run_until(*names)
+    assert sorted(machine.reports[name].cached_tokens for name in names) == [0, 799, 799]
