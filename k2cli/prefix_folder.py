@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import stat
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2cli.errors import K2Error
 from k2cli.files import decode_json, open_regular, private_folder, read_regular, write_atomically
 from k2cli.settings import cache_directory
 
@@ -158,26 +160,40 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def stores() -> list[StoreFolder]:
     """List the stores, those of the most recently used model first, and each by its ranks.
 
+    Folders of other names are left out: they are not of k2, and what is listed may be removed.
+
     Raises:
+        K2Error: if something else than a folder is in its place. Behind a link may be any folders.
         OSError: if the folder is there and cannot be read.
     """
     found = []
-    for entry in _entries(prefixes_directory()):
-        if entry.is_dir(follow_symlinks=False):
-            folder = Path(entry.path)
-            files = list(blocks_of(folder))
-            note = StoreNote()
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                note = decode_json(read_regular(folder / _NOTE_NAME, 2**16), StoreNote)
-            used = max((file.used for file in files), default=entry.stat().st_mtime)
-            size = sum(file.nbytes for file in files)
-            tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
-            where = (note.model, note.rank, note.ranks)
-            found.append(StoreFolder(folder, *where, tokens, size, used, _is_used(folder)))
+    root = prefixes_directory()
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        kind = "a link" if root.is_symlink() else "no folder"
+        error = f"'{root}' is {kind}, and k2 keeps no caches of prompts there"
+        raise K2Error(error, f"ls -ld {shlex.quote(str(root))}")
+    for entry in _entries(root):
+        is_store = entry.name.rpartition("-")[2].isdecimal() and "-" in entry.name
+        if is_store and entry.is_dir(follow_symlinks=False):
+            with contextlib.suppress(FileNotFoundError):  # removed at this very moment
+                found.append(_described(Path(entry.path)))
     last: dict[str, float] = {}
     for store in found:
         last[_run_name(store)] = max(store.used, last.get(_run_name(store), 0.0))
     return sorted(found, key=lambda store: (-last[_run_name(store)], _run_name(store), store.rank))
+
+
+def _described(folder: Path) -> StoreFolder:
+    made = folder.stat().st_mtime
+    files = list(blocks_of(folder))
+    note = StoreNote()
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        note = decode_json(read_regular(folder / _NOTE_NAME, 2**16), StoreNote)
+    used = max((file.used for file in files), default=made)
+    size = sum(file.nbytes for file in files)
+    tokens = sum(PART_MARK not in file.name for file in files) * BLOCK_TOKENS
+    where = (note.model, note.rank, note.ranks)
+    return StoreFolder(folder, *where, tokens, size, used, _is_used(folder))
 
 
 def _run_name(store: StoreFolder) -> str:
@@ -267,7 +283,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def remove_store(folder: Path) -> None:
-    """Remove a store and all its blocks.
+    """Remove a store and all its blocks, as far as nobody else removes it at this moment.
 
     It gets another name first, so that a run that uses it does not write into it meanwhile.
 
@@ -275,8 +291,20 @@ def remove_store(folder: Path) -> None:
         OSError: if something of it cannot be removed.
     """
     removed = folder.with_name(f"{os.urandom(4).hex()}-{folder.name}")
-    folder.rename(removed)
-    shutil.rmtree(removed)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(removed)
+        shutil.rmtree(removed, onerror=_raise_unless_gone)
+
+
+def _raise_unless_gone(
+    _: object, path: str, failure: tuple[type[BaseException], BaseException, object]
+) -> None:
+    """Raise the error of a file that cannot be removed, with its whole path."""
+    error = failure[1]
+    if not isinstance(error, OSError):
+        raise error
+    if not isinstance(error, FileNotFoundError):
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def remove_if_empty(folder: Path) -> None:

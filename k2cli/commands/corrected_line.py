@@ -13,6 +13,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import typer
+
 _INSTEAD: Mapping[str, str] = {
     "k2 cache clear": "k2 cache clear --model {}",
     "k2 models list": "k2 models show {}",
@@ -30,27 +32,69 @@ _EXAMPLE = "Example: "
 _ALIKE = 0.8
 _LONGEST = 300
 _SECRETS = ("--api-key",)
+_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+"""The parser's ``UsageError``, which typer does not export."""
+
+_HELP = frozenset({"-h", "--help"})
 
 
-def corrected_line(error: Any, words: Sequence[str], parser: Any) -> str | None:
+def corrected_line(
+    error: Any, words: Sequence[str], parser: Any, examples: Mapping[str, str]
+) -> str | None:
     """Return a command line to copy, or the part of one; None if none is known.
+
+    It is free of the error, but may have another one: see ``refusal_of``.
 
     Args:
         error: an error of the parser.
         words: the command line that it refused, without ``k2``.
         parser: the parser's command ``k2`` with its subcommands.
+        examples: valid values of options that take numbers.
     """
-    if any(_is_secret(word) for word in words):
+    if has_secret(words):
         return None
-    found = _corrected(error, words, parser)
+    found = _corrected(error, words, parser, examples)
     return found if found and found.isprintable() and len(found) <= _LONGEST else None
 
 
+def has_secret(words: Sequence[str]) -> bool:
+    """True if a line may have a secret, also after an option whose name is almost that of one."""
+    return any(_is_secret(word) for word in words)
+
+
 def _is_secret(word: str) -> bool:
-    return word.partition("=")[0] in _SECRETS or ("://" in word and "@" in word)
+    if "://" in word and "@" in word:
+        return True
+    name = word.partition("=")[0].lower().replace("_", "-")
+    return name.startswith("-") and bool(difflib.get_close_matches(name, _SECRETS, 1, _ALIKE))
 
 
-def _corrected(error: Any, words: Sequence[str], parser: Any) -> str | None:
+def refusal_of(line: str, parser: Any) -> tuple[Any, list[str]] | None:
+    """Return the parser's error about a command line, with its words; None if it is accepted.
+
+    Args:
+        line: a whole command line.
+        parser: the parser's command ``k2`` with its subcommands.
+    """
+    name, *words = shlex.split(line)
+    rest, command, context = list(words), parser, None
+    if not words or words[0].startswith("-") or not _HELP.isdisjoint(words):
+        return None  # these would print something
+    try:
+        while getattr(command, "commands", None) is not None and rest:
+            context = command.make_context(name, rest[:1], parent=context)
+            name, command, _ = command.resolve_command(context, rest[:1])
+            rest = rest[1:]
+        if rest or getattr(command, "commands", None) is None:
+            command.make_context(name, rest, parent=context)
+    except _USAGE_ERROR as error:
+        return error, words
+    return None
+
+
+def _corrected(
+    error: Any, words: Sequence[str], parser: Any, examples: Mapping[str, str]
+) -> str | None:
     context, message = getattr(error, "ctx", None), str(error.message)
     match type(error).__name__:
         case "MissingParameter" if context is not None:
@@ -58,11 +102,11 @@ def _corrected(error: Any, words: Sequence[str], parser: Any) -> str | None:
         case "NoSuchOption":
             return _like_option(words, str(error.option_name), error.possibilities or ())
         case "BadOptionUsage":
-            return _without_value(words, str(error.option_name), message, parser)
+            return _without_value(words, str(error.option_name), message, parser, examples)
     if context is None:
         return None
     if extra := _EXTRA.fullmatch(message):
-        return _without_extra(words, extra[1], str(context.command_path))
+        return _without_extra(words, extra[1], context)
     if unknown := _NO_COMMAND.match(message):
         return _like_command(words, unknown[1], unknown[2], context.command)
     return None
@@ -81,17 +125,40 @@ def _without_argument(context: Any) -> str | None:
     return next((line[len(_EXAMPLE) :] for line in lines if line.startswith(_EXAMPLE)), None)
 
 
-def _without_extra(words: Sequence[str], extra: str, command: str) -> str | None:
+def _without_extra(words: Sequence[str], extra: str, context: Any) -> str | None:
     """Return the line without the arguments that are too many."""
     rest, left = list(words), extra
+    values = _values(words, context.command)
     for index in reversed(range(len(rest))):
+        if index in values:
+            continue
         if left == rest[index] or left.endswith(f" {rest[index]}"):
             left = left.removesuffix(rest[index]).removesuffix(" ")
             first = rest.pop(index)
             if not left:
-                instead = _INSTEAD.get(command)
+                instead = _INSTEAD.get(str(context.command_path))
                 return _line(rest) if instead is None else instead.format(shlex.quote(first))
     return None
+
+
+def _values(words: Sequence[str], command: Any) -> set[int]:
+    """Return the places of the words that are values of options."""
+    taking = {
+        name
+        for parameter in command.params
+        if not getattr(parameter, "is_flag", False)
+        for name in parameter.opts
+        if name.startswith("-")
+    }
+    found: set[int] = set()
+    for index, word in enumerate(words):
+        if index in found:
+            continue
+        if word == "--":
+            break
+        if word in taking:
+            found.add(index + 1)
+    return found
 
 
 def _like_option(words: Sequence[str], name: str, possible: Sequence[str]) -> str | None:
@@ -121,7 +188,9 @@ def _like_command(words: Sequence[str], name: str, suggested: str | None, group:
     return _INSTEAD.get(_line(before), _line(before)).format(shlex.quote(after[0]))
 
 
-def _without_value(words: Sequence[str], name: str, message: str, parser: Any) -> str | None:
+def _without_value(
+    words: Sequence[str], name: str, message: str, parser: Any, examples: Mapping[str, str]
+) -> str | None:
     """Return the option with a value or its kind, or the line without the value of a flag."""
     if "does not take a value" in message:
         return _line([name if word.startswith(f"{name}=") else word for word in words])
@@ -129,5 +198,6 @@ def _without_value(words: Sequence[str], name: str, message: str, parser: Any) -
     for word in words[:2]:
         command = getattr(command, "commands", {}).get(word, command)
     parameter = next((each for each in command.params if name in each.opts), None)
-    kind = getattr(parameter, "metavar", None)
-    return f"{name} {kind}" if kind is not None and kind.isupper() else None
+    kind = examples.get(name) or getattr(parameter, "metavar", None)
+    fits = kind is not None and (name in examples or kind.isupper())
+    return f"{name} {kind}" if fits else None

@@ -11,8 +11,8 @@ from typing import Any
 
 import typer
 
-from k2cli.commands.corrected_line import corrected_line
-from k2cli.errors import UsageError
+from k2cli.commands.corrected_line import corrected_line, has_secret, refusal_of
+from k2cli.errors import K2Error, UsageError
 
 EXAMPLES: Mapping[str, str] = {
     "--answer-tokens": "500",
@@ -42,11 +42,19 @@ _WITH: Mapping[str, str] = {"--most-tokens": "--deep"}
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 _LONGEST = 60
+_MOST_ERRORS = 4
+"""Errors of one line that its hint corrects."""
+
+_EXTRA = "Got unexpected extra argument"
 _CHOICES = " is not one of "
 
 
 def usage_error_from(
-    error: Exception, command: str = "k2", words: Sequence[str] = (), parser: Any = None
+    error: Exception,
+    command: str = "k2",
+    words: Sequence[str] = (),
+    parser: Any = None,
+    most_errors: int = _MOST_ERRORS,
 ) -> UsageError:
     """Convert a usage error of the parser, with a hint that can be copied.
 
@@ -55,6 +63,7 @@ def usage_error_from(
         command: the command of the line, for errors that do not know theirs.
         words: the line, without ``k2``.
         parser: the parser's command ``k2`` with its subcommands.
+        most_errors: how many errors of the line the hint may correct.
     """
     command = str(getattr(getattr(error, "ctx", None), "command_path", None) or command)
     parameter = getattr(error, "param", None)
@@ -64,11 +73,35 @@ def usage_error_from(
         message = _wrong_value(name, parameter.type, text)
         if message is not None:
             with_it = [_WITH[name]] if name in _WITH else []
-            words = [command, *_arguments(error), *with_it, _example(name, text, parameter)]
-            return UsageError(message, " ".join(words))
+            example = [command, *_arguments(error), *with_it, _example(name, text, parameter)]
+            return UsageError(message, " ".join(example))
     message = str(error.format_message() if hasattr(error, "format_message") else error)
-    hint = corrected_line(error, words, parser) or f"{command} --help"
-    return UsageError(f"{message[:1].lower()}{message[1:].removesuffix('.')}", hint)
+    if message.startswith(_EXTRA) and has_secret(words):
+        message = _EXTRA
+    hint = corrected_line(error, words, parser, EXAMPLES)
+    if hint is not None and hint.startswith("k2 "):
+        hint = _accepted(hint, command, parser, most_errors)
+    return UsageError(
+        f"{message[:1].lower()}{message[1:].removesuffix('.')}", hint or f"{command} --help"
+    )
+
+
+def _accepted(line: str, command: str, parser: Any, most_errors: int) -> str | None:
+    """Return a command line, or what is said about it if the parser refuses it for another error.
+
+    None if that is not a whole line, or there are too many errors.
+    """
+    try:
+        refused = refusal_of(line, parser)
+    except K2Error:  # a value is wrong in a way that the command itself finds
+        return None
+    if refused is None:
+        return line
+    error, words = refused
+    if most_errors == 1:
+        return None
+    hint = usage_error_from(error, command, words, parser, most_errors - 1).hint
+    return hint if hint is not None and hint.startswith("k2 ") else None
 
 
 def _arguments(error: typer.BadParameter) -> list[str]:

@@ -8,6 +8,7 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,11 +84,16 @@ def is_being_made(folder: Path) -> bool:
         return not alone
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders that a killed process left behind; call it with the lock held."""
+def remove_leftovers(folder: Path, *, older_than_seconds: float = 0.0) -> None:
+    """Remove temporary folders that a killed process left behind.
+
+    Call it with the lock held, or for old folders alone: a new one has no lock for a moment.
+    """
+    latest = time.time() - older_than_seconds
     for left in folder.parent.glob(glob.escape(_temporary_prefix(folder)) + "*"):
         with contextlib.suppress(OSError):
-            remove_made_folder(Path(left))
+            if left.stat(follow_symlinks=False).st_mtime <= latest:
+                remove_made_folder(left)
 
 
 def _temporary_prefix(folder: Path) -> str:

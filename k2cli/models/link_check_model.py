@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.errors import K2Error
-from k2cli.models.files import folder_being_made
+from k2cli.models.files import folder_being_made, remove_leftovers
 from k2cli.models.safetensors_writer import ShardWriter, TensorSpec
 from k2cli.models.text.tiktoken_bpe import byte_letters
 
@@ -28,15 +28,20 @@ _HIDDEN, _LAYERS, _HEADS, _HEAD_WIDTH, _INNER = 7168, 2, 8, 64, 512
 _VOCABULARY, _LETTERS = 512, 256
 _BITS, _GROUP = 4, 64
 _PIECE_BYTES = 2**20
+_OLD_SECONDS = 600.0
+"""To make the model takes seconds."""
 
 
 def make_link_check_model(folder: Path) -> Path:
     """Make the model in ``folder`` unless it is there; return the absolute path.
 
+    What a process that was killed long ago has left of it is removed.
+
     Raises:
         K2Error: if the folder cannot be written.
     """
     folder = folder.absolute()
+    remove_leftovers(folder, older_than_seconds=_OLD_SECONDS)
     if (folder / "config.json").is_file():
         return folder
     documents = {

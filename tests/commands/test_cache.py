@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,69 @@ def test_what_a_killed_writer_has_left_goes_at_the_next_start() -> None:
     assert [file.name for file in blocks_of(folder)] == [f"{'5c' * 16}/{0:032x}"]
     assert [store.in_use for store in stores()] == [True]
     os.close(again)
+
+
+@pytest.mark.parametrize("when", ["listed", "renamed", "emptied"])
+def test_a_store_that_another_command_removes_at_the_same_time_is_no_error(
+    when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a-0", "b-0"):
+        os.close(_store(name, "kimi", 2))
+    if when == "listed":
+        read = prefix_folder.read_regular
+
+        def remove(path: Path, limit: int) -> bytes:
+            shutil.rmtree(path.parent)
+            return read(path, limit)
+
+        monkeypatch.setattr(prefix_folder, "read_regular", remove)
+    elif when == "renamed":
+        found = stores()
+        monkeypatch.setattr(prefix_folder, "stores", lambda: found)
+        prefix_folder.remove_store(prefixes_directory() / "a-0")
+    else:
+        unlink = os.unlink
+
+        def after_another(*arguments: Any, **options: Any) -> None:
+            unlink(*arguments, **options)
+            unlink(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", after_another)
+            for folder in list(prefixes_directory().glob("*-0")):
+                prefix_folder.remove_store(folder)
+        assert [path.name for path in prefixes_directory().iterdir()] == ["secret"]
+        return
+    run_command_line(["cache", "clear", "--yes"])
+    capsys.readouterr()
+    assert not list(prefixes_directory().iterdir())
+
+
+@pytest.mark.parametrize("words", [["list"], ["clear", "--yes"]])
+def test_folders_that_k2_has_not_made_are_never_removed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever links the folder to a larger disk must not lose that disk's folders."""
+    disk = tmp_path / "disk"
+    (disk / "photos" / "2026-1").mkdir(parents=True)
+    (disk / "secret").write_bytes(b"mine")
+    prefixes_directory().parent.mkdir()
+    prefixes_directory().symlink_to(disk)
+    with pytest.raises(K2Error, match="is a link") as refused:
+        run_command_line(["cache", *words])
+    assert refused.value.hint == f"ls -ld {prefixes_directory()}"
+    prefixes_directory().unlink()
+    prefixes_directory().write_bytes(b"")
+    with pytest.raises(K2Error, match="is no folder"):
+        run_command_line(["cache", *words])
+    prefixes_directory().unlink()
+    os.close(_store("a-0", "kimi", 1))
+    (prefixes_directory() / "photos" / "holidays").mkdir(parents=True)
+    run_command_line(["cache", *words])
+    capsys.readouterr()
+    assert (prefixes_directory() / "photos" / "holidays").is_dir()
+    assert (disk / "photos" / "2026-1").is_dir()
+    assert (disk / "secret").read_bytes() == b"mine"
 
 
 def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:

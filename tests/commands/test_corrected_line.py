@@ -31,12 +31,31 @@ LINES = {
     "stop one two --json": "k2 stop one --json",
     "ps --json=1": "k2 ps --json",
     "download": "k2 download demo",
+    "launch demo extra --cluster extra": "k2 launch demo --cluster extra",
+    "top --interval": "--interval 2",
+    # Lines with several errors.
+    "ps --jsn=1": "k2 ps --json",
+    "ps --jsn more": "k2 ps --json",
+    "logss demo --folow more --json=1": "k2 logs demo --follow --json",
+    "keys revoke --jsn": "k2 keys list",
+    "keys rm": "k2 keys list",
+    "top --intervall x": "k2 top --interval 2",
+    "logss demo --nope": "k2 logs --help",
+    "cache list -- --json": "k2 cache list --",
+    "models list -- --nope": "k2 models show --help",
+    "plan-memry demo --kv-bits '$(id)'": "k2 --help",
     # Nothing better is known, or a secret would be repeated.
     "clear": "k2 --help",
     "cache nonsense": "k2 cache --help",
     "launch demo --nope": "k2 launch --help",
     "launch demo more --api-key s3cret": "k2 launch --help",
     "top more --url http://me:s3cret@host extra": "k2 top --help",
+    "launch demo --api-kye s3cret": "k2 launch --help",
+    "launch demo --apikey=s3cret": "k2 launch --help",
+    "launch demo --API_KEY s3cret": "k2 launch --help",
+    "cache list -- --api-key s3cret": "k2 cache list --help",
+    "ps more http://me:s3cret@host": "k2 ps --help",
+    "lanch demo --api-kye=s3cret": "k2 --help",
 }
 
 
@@ -67,7 +86,9 @@ def _is_accepted(line: str) -> bool:
 def test_a_refused_line_is_answered_with_one_that_is_accepted(line: str) -> None:
     error = _refused(shlex.split(line))
     assert error.hint == LINES[line]
-    assert _is_accepted(error.hint)
+    assert "s3cret" not in error.message
+    if error.hint.startswith("k2 "):
+        assert _is_accepted(error.hint)
 
 
 def _commands() -> Iterator[tuple[list[str], Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from pathlib import Path
 
 from k2cli.models.checkpoint import read_checkpoint
@@ -20,3 +22,19 @@ def test_the_model_is_the_same_everywhere_and_made_once(tmp_path: Path) -> None:
     before = weights.stat().st_mtime_ns
     assert make_link_check_model(folder) == folder
     assert weights.stat().st_mtime_ns == before
+
+
+def test_what_a_killed_process_has_left_of_it_is_removed(tmp_path: Path) -> None:
+    old, new, used = (tmp_path / f".model.k2-{name * 8}" for name in "abc")
+    for left in (old, new, used):
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"part")
+    for left in (old, used):
+        os.utime(left, (1, 1))
+    lock = os.open(used, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    make_link_check_model(tmp_path / "model")
+    os.close(lock)
+    assert not old.exists()
+    assert new.exists()  # it may have no lock yet
+    assert used.exists()

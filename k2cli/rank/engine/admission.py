@@ -57,9 +57,9 @@ class Admission:
         allowance = float(MOST_UNITS)
         refused: dict[tuple[str, bool], int] = {}
         for ticket in self._line.ready_in_order():
-            awaited = awaited_row(ticket.item, self._table.prefilling)
-            if awaited is not None and not self._prefixes.whole_only:
-                awaited.awaited = True
+            awaited = self._awaited(ticket.item)
+            if awaited is not None:
+                self._table.await_prompt(awaited, ticket)
                 continue
             if blocked and (not is_short(ticket) or ticket.cost > allowance):
                 return False
@@ -81,6 +81,16 @@ class Admission:
                 return False
             allowance = min(allowance, _units_that_may_pass(ticket))
         return False
+
+    def _awaited(self, waiting: Waiting) -> Running | None:
+        """Return the running request whose prompt this one waits for; None if it need not."""
+        if self._prefixes.whole_only:
+            return None
+        awaited = awaited_row(waiting, self._table.prefilling, self._line.counter_of)
+        if awaited is not None and waiting.found_among != self._prefixes.count_added:
+            self._line.find_prefix(waiting)
+            awaited = awaited_row(waiting, self._table.prefilling, self._line.counter_of)
+        return awaited
 
     def _place(self, ticket: Ticket[Waiting], without: Collection[Running] = ()) -> Room | None:
         """Find room for a request, if some running ones were paused; None if there is none.

@@ -76,14 +76,16 @@ class PromptChunks:
         if (
             not self._computes_together
             or first.computed
-            or first.awaited
+            or self._table.is_awaited(first)
             or self._table.is_drafting(first.batch)
         ):
             return []
         chosen: list[Running] = []
         longest = 0
         for row in in_order:
-            if row.computed or row.awaited or row.batch != first.batch or not row.prefill_left:
+            if row.computed or row.batch != first.batch or not row.prefill_left:
+                continue
+            if self._table.is_awaited(row):
                 continue
             longest = max(longest, row.prefill_left)
             if (len(chosen) + 1) * longest > limit:

@@ -186,7 +186,31 @@ class RequestTable:
     def prefill_order(self) -> list[Running]:
         """Return the requests in prefill, the one first whose next chunk is to be computed."""
         unfinished = [row for row in self.prefilling if row.prefill_left]
-        return sorted(unfinished, key=self.line.running_order)
+        return sorted(unfinished, key=self._order_of)
+
+    def _order_of(self, row: Running) -> tuple[float, float, int]:
+        """Return the order of a request, or of one of its key that waits for it and is due first.
+
+        Of another key's it would be work that neither key is charged for in time.
+        """
+        own, ticket = self.line.running_order(row), row.awaited_by
+        if ticket is None or ticket.owner != row.ticket.owner or not self.is_awaited(row):
+            return own
+        return min(own, self.line.waiting_order(ticket))
+
+    def is_awaited(self, row: Running) -> bool:
+        """True if another request waits for the prompt of this one."""
+        return row.awaited_by is not None and self.line.has(row.awaited_by.item)
+
+    def await_prompt(self, row: Running, ticket: Ticket[Waiting]) -> None:
+        """Note that a request waits for the prompt of a running one."""
+        earlier = row.awaited_by
+        if (
+            earlier is None
+            or not self.line.has(earlier.item)
+            or self.line.waiting_order(ticket) < self.line.waiting_order(earlier)
+        ):
+            row.awaited_by = ticket
 
     def is_drafting(self, batch: int | None) -> bool:
         """True if a batch's row has drafted tokens in flight, so that the batch must not change."""
@@ -202,8 +226,9 @@ class RequestTable:
 
     def join(self, row: Running) -> None:
         """Make a request whose prompt is computed a row of its batch."""
-        if row.awaited:
+        if self.is_awaited(row):
             self._share(row)
+        row.awaited_by = None
         self.prefilling.remove(row)
         assert row.batch is not None
         self.batches[row.batch].append(row)
@@ -212,6 +237,8 @@ class RequestTable:
     def _share(self, row: Running) -> None:
         """Keep the cache of a computed prompt for requests that wait for it, if there is room."""
         tokens = row.held_tokens
+        if used_tokens(self.worst_cases()) + len(tokens) > self.budget.tokens:
+            return  # before others are dropped for it
         self.evict(len(tokens))
         used = used_tokens(self.worst_cases()) + self._prefixes.tokens() + len(tokens)
         if used > self.budget.tokens:

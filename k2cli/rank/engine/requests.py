@@ -20,8 +20,9 @@ class Waiting:
     kept prefix that it will use, as far as that is known. ``considered`` is True once stored
     prefixes were looked for, ``reading`` while they are read for it. ``passed_units`` counts the
     work that was admitted before it while it was next and there was no memory for it.
-    ``cached_tokens`` were found in the kept prefix as it came, and ``common`` are the tokens with
-    which the prompts of running sequences begin as its own does, as far as they were compared.
+    ``cached_tokens`` were found in the kept prefix, when ``found_among`` had been added to the
+    tree, and ``common`` are the tokens with which the prompts of running sequences begin as its own
+    does, as far as they were compared.
     """
 
     request: Generate
@@ -33,6 +34,7 @@ class Waiting:
     considered: bool = False
     reading: bool = False
     cached_tokens: int = 0
+    found_among: int = 0
     common: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,7 @@ class Running:
     the tokens to compute before the next decode step, whose input is the one after them.
     ``computed`` counts the tokens whose keys and values the ranks hold, or will hold once every
     step that was decided is carried out. ``steps`` counts the decode steps that were decided.
-    ``awaited`` is True if another request waits for its prompt to be computed.
+    ``awaited_by`` is the first request that waits for its prompt, or has waited for it.
     ``unannounced`` is True if the last of them was decided ahead, and no decision has named its
     input yet. ``drafted`` counts the drafted tokens of the step in flight, which ``computed``
     includes. Times are of the monotonic clock.
@@ -84,7 +86,7 @@ class Running:
     paused_at: float = 0.0
     paused_seconds: float = 0.0
     steps: int = 0
-    awaited: bool = False
+    awaited_by: Ticket[Waiting] | None = None
     unannounced: bool = False
     generated: list[int] = field(default_factory=list)
     batch: int | None = None

@@ -7,7 +7,7 @@ another request waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from k2cli.rank.engine.requests import Running, Waiting
 
@@ -15,11 +15,19 @@ _LEAST_SHARED_TOKENS = 256
 """Of what a request need not compute itself. Shorter prompts are computed together instead."""
 
 
-def awaited_row(waiting: Waiting, prefilling: Iterable[Running]) -> Running | None:
+def awaited_row(
+    waiting: Waiting, prefilling: Iterable[Running], counter_of: Callable[[str], float]
+) -> Running | None:
     """Return the running request whose prompt this one waits for; None if it need not.
 
     It waits at most about twice as long as it would take to compute the same tokens itself: it
-    would have to share the device with the other request meanwhile.
+    would have to share the device with the other request meanwhile. So it does not wait for one of
+    another key whose turn comes much later.
+
+    Args:
+        waiting: a request that waits.
+        prefilling: the requests whose prompts are computed.
+        counter_of: the work that was done for a key, by its id.
     """
     request = waiting.request
     if not request.use_prefix_cache or waiting.paused is not None:
@@ -36,7 +44,10 @@ def awaited_row(waiting: Waiting, prefilling: Iterable[Running]) -> Running | No
             waiting.common[row.sequence] = _common_length(request.prompt, other.prompt)
         shared = min(waiting.common[row.sequence], len(request.prompt) - 1, row.prefill_target)
         gain = shared - max(waiting.cached_tokens, row.cached)
-        if gain >= max(_LEAST_SHARED_TOKENS, row.prefill_left / 2):
+        if gain < max(_LEAST_SHARED_TOKENS, row.prefill_left / 2):
+            continue
+        ahead = counter_of(other.owner) - row.units - counter_of(request.owner)
+        if other.owner == request.owner or ahead <= gain:
             return row
     return None
 

@@ -53,14 +53,20 @@ class WaitingLine:
 
     def join(self, waiting: Waiting) -> None:
         """Add a request."""
+        request = waiting.request
+        self.find_prefix(waiting)
+        self._tickets[request.request_id] = self._queue.join(
+            waiting, request.owner, request.prompt, request.max_tokens, waiting.cached_tokens
+        )
+
+    def find_prefix(self, waiting: Waiting) -> None:
+        """Note the kept prefix that a request will use, among those that are kept now."""
         request, hit = waiting.request, None
+        waiting.found_among = self._prefixes.count_added
         if request.use_prefix_cache:
             hit = self._prefixes.find(request.prompt, request.prefix_scope)
         waiting.prefix = None if hit is None else hit.prefix
-        waiting.cached_tokens = cached = 0 if hit is None else hit.tokens
-        self._tickets[request.request_id] = self._queue.join(
-            waiting, request.owner, request.prompt, request.max_tokens, cached
-        )
+        waiting.cached_tokens = 0 if hit is None else hit.tokens
 
     def rejoin(self, row: Running, waiting: Waiting) -> None:
         """Add a request that was paused; one that had not begun gets its place back."""
@@ -92,6 +98,10 @@ class WaitingLine:
     def running_order(self, row: Running) -> tuple[float, float, int]:
         """Return the order of running requests: the least one is computed first."""
         return self._queue.running_order(row.ticket)
+
+    def waiting_order(self, ticket: Ticket[Waiting]) -> tuple[float, float, int]:
+        """Return the order that a request would have among running ones if it started now."""
+        return self._queue.counter_of(ticket.owner), self._queue.due(ticket), ticket.number
 
     def due(self, ticket: Ticket[Waiting]) -> float:
         """Return the virtual time of its key at which a request is due."""

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -200,6 +200,13 @@ class BlockStore:
             self._seen = change_times(self._stores())
         return self._seen != before
 
+    @contextlib.contextmanager
+    def _own_changes(self) -> Iterator[None]:
+        """Remove blocks in the body: that is no change of another run, but what was before is."""
+        self._is_outdated |= self._note_changes()
+        yield
+        self._note_changes()
+
     def _make_room(self, more_bytes: int) -> None:
         """Remove blocks of other stores, oldest first, until they fit beside this one's."""
         left = self._limit_bytes - self._own_bytes - more_bytes
@@ -227,9 +234,10 @@ class BlockStore:
             size = sum(len(array.data) for array in arrays)
             with contextlib.suppress(OSError):
                 self._look_at_others()
-                self._make_own_room(size)
-            self._make_room(size)
-            self._note_changes()
+            with self._own_changes():
+                with contextlib.suppress(OSError):
+                    self._make_own_room(size)
+                self._make_room(size)
             try:
                 size = self._write_file(self._folder / block, arrays)
             except FileNotFoundError:  # removed at this very moment
@@ -331,11 +339,11 @@ class BlockStore:
                 os.utime(self._folder / block, (used, used), follow_symlinks=False)
 
     def _remove(self, blocks: list[str]) -> None:
-        for block in blocks:
-            with contextlib.suppress(OSError):
-                (self._folder / block).unlink()
-            self._count(block, 0)
-        self._note_changes()
+        with self._own_changes():
+            for block in blocks:
+                with contextlib.suppress(OSError):
+                    (self._folder / block).unlink()
+                self._count(block, 0)
 
 
 def _model_name(folder: Path) -> str:

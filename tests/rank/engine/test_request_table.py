@@ -114,11 +114,13 @@ class Machine:
         """Work until each end."""
         self.reports: dict[str, Finished] = {}
 
-    def send(self, owner: str, prompt: Iterable[int] | int, tokens: int) -> str:
+    def send(
+        self, owner: str, prompt: Iterable[int] | int, tokens: int, scope: str | None = None
+    ) -> str:
         if isinstance(prompt, int):
             prompt = [self.draw.randrange(10**9) for _ in range(prompt)]
         name = f"{owner} {next(self.numbers)}"
-        request = Generate(name, list(prompt), tokens, owner=owner, prefix_scope=owner)
+        request = Generate(name, list(prompt), tokens, owner=owner, prefix_scope=scope or owner)
         self.sent[name] = request
         self.table.enqueue(request)
         return name

@@ -113,6 +113,11 @@ class PrefixTree:
     def _taken(self, node: _Node) -> int:
         return cache_tokens(node.length) if self.whole_only else node_tokens(node.length)
 
+    @property
+    def count_added(self) -> int:
+        """The number of nodes that were ever added."""
+        return self._next_id
+
     # --- finding ---------------------------------------------------------------------------------
 
     def best(self, prompt: Sequence[int], scope: str = "") -> Hit | None:
