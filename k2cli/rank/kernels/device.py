@@ -7,6 +7,7 @@ import mlx.nn as nn
 from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.kernels.experts import check_experts, part_experts
 from k2cli.rank.kernels.few_inputs import lengthen_linears
+from k2cli.rank.kernels.gated_experts import computed_matrices
 from k2cli.rank.kernels.heads import check_heads, use_own_heads
 from k2cli.rank.kernels.own_kernels import (
     find_wrong_kernel,
@@ -37,5 +38,5 @@ def check_kernels(model: nn.Module) -> None:
     if wrong is not None:
         say_on_stderr(f"k2's own CUDA kernels are not used, MLX's are: {wrong}")
         leave_own_kernels(model)
-    check_experts(model)
+    check_experts(model, computed_matrices(model))
     check_heads(model)

@@ -39,11 +39,13 @@ class GatedExperts:
 
     def __call__(self: Any, x: mx.array, indices: mx.array) -> mx.array:
         """Multiply rows ``[..., width]`` by the experts ``[..., experts per row]`` of each."""
-        if indices.size > MOST_PAIRS:
-            output: mx.array = super().__call__(x, indices)  # type: ignore[misc]
-            return output
-        chosen = indices.reshape(-1, indices.shape[-1])
-        product: mx.array = self._products(x.reshape(-1, x.shape[-1]), chosen)
+        chosen, rows = indices.reshape(-1, indices.shape[-1]), x.reshape(-1, x.shape[-1])
+        step = max(MOST_PAIRS // chosen.shape[1], 1)
+        pieces = [
+            self._products(rows[first : first + step], chosen[first : first + step])
+            for first in range(0, len(rows), step)
+        ]
+        product: mx.array = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         return product.reshape(*indices.shape, -1)
 
     def added_up(self: Any, x: mx.array, chosen: mx.array, factors: mx.array) -> mx.array:
@@ -66,6 +68,19 @@ class GatedExperts:
         hidden = chosen_product(x, chosen, parts, settings, gated=True)
         down = self.down_proj
         return chosen_product(hidden, chosen, down.parts, down.settings, factors=factors)
+
+
+def computed_matrices(model: nn.Module) -> list[nn.Module]:
+    """List the experts' matrices that k2's kernels compute, whatever the number of rows."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, GatedExperts):
+            layer: Any = module
+            gate = layer.gate_proj
+            joined = isinstance(gate, JoinedProjection)
+            found += [gate.both] if joined else [gate, layer.up_proj]
+            found.append(layer.down_proj)
+    return found
 
 
 def adds_up(experts: Any, choices: int) -> bool:

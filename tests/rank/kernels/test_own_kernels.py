@@ -190,6 +190,26 @@ def test_a_head_in_slices_uses_the_kernel_for_few_rows(monkeypatch: pytest.Monke
     assert type(model.head) is ShardedHead
 
 
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("joined", [False, True])
+def test_experts_of_own_kernels_are_never_mlxs(
+    joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model()
+    if joined:
+        join_projections(model)
+    device.avoid_wrong_kernels(model)
+    layers = [each for each in model.modules() if isinstance(each, GatedExperts)]
+    assert layers
+    layer: Any = layers[0]
+    x, chosen = mx.random.normal((1, 40, 256)), mx.random.randint(0, 8, (1, 40, 3))
+    wanted = layer(x, chosen)
+    monkeypatch.setattr(gated_experts, "MOST_PAIRS", 50)
+    assert _error(layer(x, chosen), wanted) < 1e-6
+    monkeypatch.setattr(mx, "gather_qmm", None)
+    device.check_kernels(model)
+
+
 def test_a_cpu_uses_no_kernel_of_k2() -> None:
     model = _model()
     if mx.default_device() == mx.cpu:
