@@ -132,6 +132,20 @@ def measure_experts(rows_list: Sequence[int], rounds: int) -> list[dict[str, Any
     return results
 
 
+def _compared(
+    about: dict[str, Any],
+    forms: dict[str, Any],
+    drawn: list[tuple[mx.array, ...]],
+    wanted: mx.array,
+    rounds: int,
+) -> dict[str, Any]:
+    """Add errors of forms with the first of the inputs, and times with all; print them."""
+    errors = {name: _error(form(*drawn[0]), wanted) for name, form in forms.items()}
+    found = about | {"error": errors, "ms": milliseconds(forms, drawn, rounds)}
+    sys.stderr.write(json.dumps(found) + "\n")
+    return found
+
+
 def measure_heads(rows_list: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Compare the projections of heads: queries to latents, and latents to values."""
     kind = mlx_lm_module("models.mla").QuantizedMultiLinear
@@ -153,11 +167,8 @@ def measure_heads(rows_list: Sequence[int], rounds: int) -> list[dict[str, Any]]
             mx.eval(drawn)
             forms: dict[str, Any] = {"mlx-lm": plain, "zeros": padded, "kernel": own}
             wanted = drawn[0][0].astype(mx.float32) @ weights.swapaxes(-1, -2)
-            errors = {name: _error(form(*drawn[0]), wanted) for name, form in forms.items()}
-            entry = {"inputs": inputs, "outputs": outputs, "rows": rows, "error": errors}
-            entry["ms"] = milliseconds(forms, drawn, rounds)
-            results.append(entry)
-            sys.stderr.write(json.dumps(entry) + "\n")
+            about = {"inputs": inputs, "outputs": outputs, "rows": rows}
+            results.append(_compared(about, forms, drawn, wanted, rounds))
     return results
 
 
@@ -194,11 +205,8 @@ def measure_linears(rows_list: Sequence[int], rounds: int) -> list[dict[str, Any
             if rows <= 128:
                 forms["mlx"] = plain
             wanted = drawn[0][0].astype(mx.float32) @ weight.T
-            errors = {name: _error(form(*drawn[0]), wanted) for name, form in forms.items()}
-            entry = {"inputs": inputs, "outputs": outputs, "rows": rows, "error": errors}
-            entry["ms"] = milliseconds(forms, drawn, rounds)
-            results.append(entry)
-            sys.stderr.write(json.dumps(entry) + "\n")
+            about = {"inputs": inputs, "outputs": outputs, "rows": rows}
+            results.append(_compared(about, forms, drawn, wanted, rounds))
     return results
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from k2cli.rank.engine.prefixes.tree import common_length
 from k2cli.rank.engine.requests import Running, Waiting
 
 _LEAST_SHARED_TOKENS = 256
@@ -56,11 +57,4 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of tokens with which both begin; 0 if those are few."""
     if one[:_LEAST_SHARED_TOKENS] != other[:_LEAST_SHARED_TOKENS]:
         return 0
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return common_length(one, other)

@@ -156,7 +156,7 @@ class PrefixTree:
             child = children.get(_first(wanted, shared))
             if child is None:
                 break
-            same = _common_bytes(child.tokens, wanted[shared : shared + len(child.tokens)])
+            same = common_length(child.tokens, wanted[shared : shared + len(child.tokens)])
             same -= same % _TOKEN_BYTES
             found, shared, children = child, shared + same, child.children
             if same < len(child.tokens):
@@ -276,11 +276,11 @@ def _first(tokens: bytes, at: int) -> int:
     return int(array(_TOKEN, tokens[at : at + _TOKEN_BYTES])[0])
 
 
-def _common_bytes(one: bytes, other: bytes) -> int:
-    """Return the length of the common beginning."""
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common beginning of tokens, or of their bytes."""
     same, limit = 0, min(len(one), len(other))
     while same < limit:
-        # Bisection; each byte is compared about twice.
+        # Bisection; each item is compared about twice.
         middle = (same + limit + 1) // 2
         if one[same:middle] == other[same:middle]:
             same = middle
