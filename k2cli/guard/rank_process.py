@@ -54,7 +54,7 @@ class RankProcess:
         self._oom_evidence = oom_evidence
         self._oom_cause = ""
         self._killed_here = False
-        self._view = psutil.Process(process.pid)
+        self._seen: psutil.Process | None = None
         self.channel = channel
         self.page = page
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -111,14 +111,29 @@ class RankProcess:
     def is_stopped(self) -> bool:
         """Return True if a signal stopped the process; also record the memory of the process."""
         try:
-            self._note_memory()
-            return self._view.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            view = self._view()
+            self._note_memory(view)
+            return view.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         except (psutil.Error, OSError):  # OSError: this machine or this process has no file left
             return False
 
-    def _note_memory(self) -> None:
+    def _view(self) -> psutil.Process:
+        """Return what psutil sees of the process.
+
+        Raises:
+            psutil.Error: if it has ended. It may have ended before anyone looks: a rank can fail as
+                soon as it starts, and a thread of asyncio reaps it.
+            OSError: if no file is left to look with.
+        """
+        if self._seen is None:
+            if self.exit_status is not None:  # another process may have its id by now
+                raise psutil.NoSuchProcess(self.pid)
+            self._seen = psutil.Process(self.pid)
+        return self._seen
+
+    def _note_memory(self, view: psutil.Process) -> None:
         memory = psutil.virtual_memory()
-        self.resident_bytes = self._view.memory_info().rss
+        self.resident_bytes = view.memory_info().rss
         self._memory_was_high = self.resident_bytes > _HIGH_MEMORY_SHARE * memory.total or (
             memory.available < _LOW_AVAILABLE_SHARE * memory.total
         )
@@ -168,7 +183,7 @@ class RankProcess:
     def _children(self) -> list[psutil.Process]:
         """List the processes that the rank has started, while they can be told by their parent."""
         try:
-            return self._view.children(recursive=True)
+            return self._view().children(recursive=True)
         except (psutil.Error, OSError):
             return []
 

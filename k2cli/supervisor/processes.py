@@ -171,7 +171,8 @@ class Processes:
         for started in self._all:
             spared = spare_leader and started is self._leader
             if started.process.returncode is None and not spared:
-                with contextlib.suppress(ProcessLookupError):
+                # PermissionError: macOS refuses it for a group whose processes have all ended.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(started.process.pid, signal.SIGKILL)
 
     def forget(self, *, keep_leader: bool = False) -> None:

@@ -1,0 +1,48 @@
+"""The process of a rank, as its guard sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from k2cli.guard import rank_process
+from k2cli.guard.base import Guard
+from k2cli.guard.spawn import SpawnedRank, spawn_rank
+from k2cli.protocol import RankFailed, RankMessage
+from tests.support.bootstraps import make_assignment, make_bootstrap
+
+
+class _Guard(Guard):
+    def __init__(self, worker: str) -> None:
+        super().__init__(make_bootstrap(make_assignment()), worker)
+        self.events: list[Any] = []
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+
+    def on_rank_message(self, message: RankMessage) -> None:
+        raise AssertionError(message)
+
+
+async def test_a_rank_that_has_ended_before_its_guard_looks_at_it_is_a_failure_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def spawn_and_wait(*arguments: Any) -> SpawnedRank:
+        spawned = await spawn_rank(*arguments)
+        await spawned.process.wait()  # as when the guard gets no processor for a moment
+        return spawned
+
+    monkeypatch.setattr(rank_process, "spawn_rank", spawn_and_wait)
+    guard = _Guard("no.such.module")
+    assert await guard.start_rank()
+    async with asyncio.timeout(20):
+        await guard.wait_for_ending()
+    [failure] = [event for event in guard.events if isinstance(event, RankFailed)]
+    assert (failure.cause, failure.exit_status) == ("it exited with status 1", 1)
+    assert "No module named" in failure.last_lines[-1]
+    assert guard.rank is not None
+    assert not guard.rank.is_stopped()
+    guard.rank.kill()  # there is nothing left, and no other process is meant
+    guard.cancel_tasks()
