@@ -237,7 +237,8 @@ def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
     for words, hint in (
         (["launch", "demo", "--prefix-cache-disk"], "--prefix-cache-disk SIZE"),
         (["cache", "clear", "--model"], "--model NAME"),
-        (["launch", "demo", "--parallel"], "k2 launch --help"),
+        (["launch", "demo", "--parallel"], "k2 launch demo --parallel auto"),
+        (["doctor", "--most-tokens"], "k2 doctor --most-tokens 8192 --deep"),
     ):
         with pytest.raises(UsageError, match="requires an argument") as caught:
             run_command_line(words)

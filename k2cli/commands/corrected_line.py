@@ -22,6 +22,9 @@ _INSTEAD: Mapping[str, str] = {
 }
 """Commands without arguments, and what is meant with one: without it they would do more."""
 
+NEEDED_WITH: Mapping[str, str] = {"--most-tokens": "--deep"}
+"""Options without which others are refused."""
+
 _MAKING = ("create", "import", "init")
 """Commands of groups whose argument is not yet in the list of the group."""
 
@@ -191,13 +194,24 @@ def _like_command(words: Sequence[str], name: str, suggested: str | None, group:
 def _without_value(
     words: Sequence[str], name: str, message: str, parser: Any, examples: Mapping[str, str]
 ) -> str | None:
-    """Return the option with a value or its kind, or the line without the value of a flag."""
+    """Return the line with a value, or without the value of a flag; or the kind of the value."""
     if "does not take a value" in message:
         return _line([name if word.startswith(f"{name}=") else word for word in words])
     command = parser
     for word in words[:2]:
         command = getattr(command, "commands", {}).get(word, command)
     parameter = next((each for each in command.params if name in each.opts), None)
-    kind = examples.get(name) or getattr(parameter, "metavar", None)
-    fits = kind is not None and (name in examples or kind.isupper())
-    return f"{name} {kind}" if fits else None
+    value = examples.get(name) or _choice(parameter)
+    if value is not None:
+        needed = [NEEDED_WITH[name]] if name in NEEDED_WITH else []
+        return _line([*words, value, *(each for each in needed if each not in words)])
+    kind = getattr(parameter, "metavar", None)
+    return f"{name} {kind}" if kind is not None and kind.isupper() else None
+
+
+def _choice(parameter: Any) -> str | None:
+    """Return the value that an option of a few values has by default, else the first of them."""
+    choices = [str(each) for each in getattr(getattr(parameter, "type", None), "choices", ())]
+    default = getattr(parameter, "default", None)
+    default = str(getattr(default, "value", default))
+    return default if default in choices else next(iter(choices), None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from k2cli.commands.corrected_line import corrected_line, has_secret, refusal_of
+from k2cli.commands.corrected_line import NEEDED_WITH, corrected_line, has_secret, refusal_of
 from k2cli.errors import K2Error, UsageError
 
 EXAMPLES: Mapping[str, str] = {
@@ -21,6 +21,7 @@ EXAMPLES: Mapping[str, str] = {
     "--concurrency": "4",
     "--group-size": "64",
     "--interval": "2",
+    "--kv-bits": "8",
     "--lines": "100",
     "--max-concurrent": "2",
     "--max-queued": "4",
@@ -36,9 +37,6 @@ EXAMPLES: Mapping[str, str] = {
     "--wait": "300",
 }
 """Valid values of options that take numbers; tests/test_cli.py tries each of them."""
-
-_WITH: Mapping[str, str] = {"--most-tokens": "--deep"}
-"""Options without which others are refused."""
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 _LONGEST = 60
@@ -72,7 +70,7 @@ def usage_error_from(
         name = _name(parameter)
         message = _wrong_value(name, parameter.type, text)
         if message is not None:
-            with_it = [_WITH[name]] if name in _WITH else []
+            with_it = [NEEDED_WITH[name]] if name in NEEDED_WITH else []
             example = [command, *_arguments(error), *with_it, _example(name, text, parameter)]
             return UsageError(message, " ".join(example))
     message = str(error.format_message() if hasattr(error, "format_message") else error)

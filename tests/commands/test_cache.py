@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -217,6 +218,31 @@ def test_folders_that_k2_has_not_made_are_never_removed(
     assert (prefixes_directory() / "photos" / "holidays").is_dir()
     assert (disk / "photos" / "2026-1").is_dir()
     assert (disk / "secret").read_bytes() == b"mine"
+
+
+def test_a_cache_that_cannot_be_removed_stays_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(3):
+        os.close(_store(f"a-{rank}", "kimi", 1, rank))
+    stuck = prefixes_directory() / "a-1"
+    rename = Path.rename
+
+    def refusing(path: Path, target: Path) -> Path:
+        if path == stuck:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)  # as of a file that macOS has locked
+    with pytest.raises(
+        K2Error, match=r"1 of 3 caches could not be removed: .*a-1.*not perm"
+    ) as one:
+        run_command_line(["cache", "clear", "--yes", "--json"])
+    assert one.value.hint == f"ls -ld {prefixes_directory()} {stuck}"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["freed_bytes"] == 2000
+    assert [cache["rank"] for cache in printed["removed"]] == [0, 2]
+    assert [store.folder for store in stores()] == [stuck]
 
 
 def test_a_folder_that_others_can_access_is_not_used(tmp_path: Path) -> None:

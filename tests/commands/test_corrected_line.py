@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,8 @@ LINES = {
     "ps --json=1": "k2 ps --json",
     "download": "k2 download demo",
     "launch demo extra --cluster extra": "k2 launch demo --cluster extra",
-    "top --interval": "--interval 2",
+    "top --interval": "k2 top --interval 2",
+    "launch demo --parallel": "k2 launch demo --parallel auto",
     # Lines with several errors.
     "ps --jsn=1": "k2 ps --json",
     "ps --jsn more": "k2 ps --json",
@@ -40,6 +42,8 @@ LINES = {
     "keys revoke --jsn": "k2 keys list",
     "keys rm": "k2 keys list",
     "top --intervall x": "k2 top --interval 2",
+    "launch demo --detch --port": "k2 launch demo --detach --port 8080",
+    "ps --jsn --interval": "k2 ps --help",
     "logss demo --nope": "k2 logs --help",
     "cache list -- --json": "k2 cache list --",
     "models list -- --nope": "k2 models show --help",
@@ -59,6 +63,11 @@ LINES = {
 }
 
 
+@functools.cache
+def _parser() -> Any:
+    return typer.main.get_command(build_app())
+
+
 def _refused(words: list[str]) -> UsageError:
     with pytest.raises(UsageError) as caught:
         run_command_line(words)
@@ -69,7 +78,7 @@ def _is_accepted(line: str) -> bool:
     """True if the parser accepts a line, or shows help for it; nothing is carried out."""
     name, *words = shlex.split(line, comments=True)
     assert name == "k2"
-    command, context = typer.main.get_command(build_app()), None
+    command, context = _parser(), None
     while True:
         if "--help" in words[:1]:
             return True
@@ -92,7 +101,7 @@ def test_a_refused_line_is_answered_with_one_that_is_accepted(line: str) -> None
 
 
 def _commands() -> Iterator[tuple[list[str], Any]]:
-    waiting: list[tuple[list[str], Any]] = [([], typer.main.get_command(build_app()))]
+    waiting: list[tuple[list[str], Any]] = [([], _parser())]
     while waiting:
         path, command = waiting.pop()
         group = getattr(command, "commands", None)
@@ -120,3 +129,30 @@ def test_hints_for_an_argument_too_many_or_too_few_are_accepted() -> None:
             assert _is_accepted(hint), hint
             tried += 1
     assert tried > 30
+
+
+def test_an_option_without_its_value_is_answered_with_the_line_and_a_value() -> None:
+    """Of every command: the whole line where a value is known, else the kind of the value."""
+    lines, kinds = [], []
+    for path, command in _commands():
+        arguments = [each for each in command.params if each.param_type_name == "argument"]
+        needed = ["demo" for each in arguments if each.required]
+        for option in command.params:
+            name = max(option.opts, key=len)
+            has_default = (path, name) == (["chat"], "--resume")
+            if option in arguments or getattr(option, "is_flag", False) or has_default:
+                continue
+            hint = _refused([*path, *needed, name]).hint
+            assert hint is not None
+            if hint.startswith("k2 ") and "--help" not in hint:
+                assert hint.startswith(shlex.join(["k2", *path, *needed, name])), hint
+                assert _is_accepted(hint), hint
+                lines.append(hint)
+            else:
+                kinds.append((name, hint, option.metavar))
+    assert len(lines) > 30
+    for name, hint, kind in kinds:
+        if str(kind).isupper():
+            assert hint == f"{name} {kind}"
+        else:
+            assert hint.endswith(" --help")

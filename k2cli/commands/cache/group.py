@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -85,15 +87,37 @@ def clear(
         confirm(f"remove this, {format_bytes(total)}{also}?", yes, f"k2 cache clear{option}")
     if model is None:  # first: a run whose store is removed asks for a new one
         remove_secret()
+    left: dict[Path, OSError] = {}
     for store in found:
-        remove_store(store.folder)
+        try:
+            remove_store(store.folder)
+        except OSError as error:
+            left[store.folder] = error
+    removed = [store for store in holding if store.folder not in left]
+    freed = sum(store.nbytes for store in removed)
     if json:
-        removed = [store_document(store) for store in holding]
-        print_json({"schema_version": 1, "freed_bytes": total, "removed": removed})
-    elif holding:
-        print_line(f"freed {format_bytes(total)}")
-    else:
+        documents = [store_document(store) for store in removed]
+        print_json({"schema_version": 1, "freed_bytes": freed, "removed": documents})
+    elif removed:
+        print_line(f"freed {format_bytes(freed)}")
+    elif not left:
         note("no caches of prompts are on this disk")
+    if left:
+        raise _left(left, len(found))
+
+
+def _left(left: Mapping[Path, OSError], tried: int) -> K2Error:
+    """Return the error for caches that could not be removed, with the first one's cause."""
+    import shlex
+
+    from k2cli.errors import K2Error
+
+    folder, error = next(iter(left.items()))
+    place = error.filename or folder
+    return K2Error(
+        f"{len(left)} of {tried} caches could not be removed: '{place}': {error.strerror or error}",
+        f"ls -ld {shlex.quote(os.path.dirname(place))} {shlex.quote(str(place))}",
+    )
 
 
 def _no_cache(model: str, found: Sequence[StoreFolder]) -> K2Error:
