@@ -35,14 +35,11 @@ def compile_shape(shape: str, own: Path) -> int:
     """Compute a step of one shape; publish what was compiled, and return the number of kernels."""
     import mlx.core as mx
 
-    from benchmarks.gpu_layers import random_layers
+    from benchmarks.gpu_layers import as_held, random_layers
     from benchmarks.mla_attention import K2_LAYER
     from k2cli.guard.spawn import kernel_folder
-    from k2cli.rank.attention.latent import use_own_attention
     from k2cli.rank.kernels.cache import open_kernel_cache
-    from k2cli.rank.kernels.device import avoid_wrong_kernels
     from k2cli.sharding.assemble import cast
-    from k2cli.sharding.latent_ways import EXPANSION_WEIGHTS, LatentSettings
     from k2cli.sharding.stage import make_cache
 
     tempfile.tempdir = str(kernel_folder("compile"))
@@ -52,12 +49,11 @@ def compile_shape(shape: str, own: Path) -> int:
     layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "vocab_size": VOCABULARY}
     model = random_layers(K2_LAYER | layers, 2)
     mx.eval(model.parameters())
-    if form != ["mlx-lm"]:
-        avoid_wrong_kernels(model)
-        use_own_attention(model, LatentSettings(EXPANSION_WEIGHTS["cuda"]))
     if form == ["float32"]:
         cast(model, mx.float32)
         mx.eval(model.parameters())
+    if form != ["mlx-lm"]:
+        as_held(model)
     caches = make_cache(model)
     prompt = mx.array([[7 + index * 31 % 500 for index in range(8)]] * rows)
     step = mx.array([[9 + index * 31 % 500 for index in range(tokens)]] * rows)

@@ -142,17 +142,28 @@ class K2Program:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             "NO_COLOR": "1",
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "k2cli", *arguments],
-            env=processes.environment(environment),
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-        )
-        with (self.settings.folder / "k2.log").open("a") as log:
-            log.write(f"$ k2 {' '.join(arguments)}\n{done.stderr}\n")
-        if done.returncode != 0:
-            raise RuntimeError(f"k2 {arguments[0]} ended with {done.returncode}: {done.stderr}")
+        # Into the file at once: a start that is ended from outside must show how far it was.
+        log_file = self.settings.folder / "k2.log"
+        with log_file.open("a+") as log:
+            log.write(f"$ k2 {' '.join(arguments)}\n")
+            log.flush()
+            began = log.tell()
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "k2cli", *arguments],
+                    env=processes.environment(environment),
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    timeout=START_SECONDS,
+                )
+                why = f"ended with {done.returncode}" if done.returncode else ""
+            except subprocess.TimeoutExpired:
+                why = f"has not ended after {START_SECONDS:.0f} s"
+            log.seek(began)
+            said = log.read()[-2000:]
+        if why:
+            raise RuntimeError(f"k2 {arguments[0]} {why}: {said}")
         return done.stdout
 
     def plan(self) -> dict[str, Any]:
