@@ -82,14 +82,22 @@ def _look_again(nodes: Sequence[str]) -> str:
 
 
 def _ask_supervisor(record: RunRecord) -> None:
-    """Send SIGTERM, and SIGKILL if the supervisor does not exit in time."""
+    """Send SIGTERM, and SIGKILL if the supervisor does not exit in time.
+
+    A detached launch hands its run over to another process, perhaps at this very moment: so the
+    record is read again and again, and each process that answers for the run is asked.
+    """
     for number, seconds in ((signal.SIGTERM, _SUPERVISOR_SECONDS), (signal.SIGKILL, 5.0)):
-        with suppress(ProcessLookupError):
-            os.kill(record.pid, number)
+        asked: set[int] = set()
         limit = Deadline(seconds)
         while not limit.has_passed:
+            record = read_record(record.folder) or record
             if not record.has_supervisor:
                 return
+            if record.pid not in asked:
+                asked.add(record.pid)
+                with suppress(ProcessLookupError):
+                    os.kill(record.pid, number)
             time.sleep(_POLL_SECONDS)
 
 

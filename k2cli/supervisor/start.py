@@ -32,6 +32,7 @@ from k2cli.runs.record import (
     save_record,
 )
 from k2cli.supervisor.outcome import describe_status, error_of
+from k2cli.supervisor.signals import interrupted_by_signals
 from k2cli.units import KIB, MIB, clean_text
 
 _POLL_SECONDS = 0.02
@@ -107,13 +108,16 @@ def launch_detached(
         KeyboardInterrupt: after a Ctrl-C stopped the run; a second one kills its processes.
     """
     folder = record.folder
-    supervisor = _start_supervisor(folder)
-    try:
-        return _wait_until_ready(folder, supervisor, listener)
-    except KeyboardInterrupt:
-        on_interrupt(True)
-        _stop(supervisor, record.run_id, on_interrupt)
-        raise
+    # Until the supervisor has taken the run over, ``k2 stop`` sends SIGTERM to this process, which
+    # must not end without the supervisor that it has started.
+    with interrupted_by_signals(signal.SIGTERM):
+        supervisor = _start_supervisor(folder)
+        try:
+            return _wait_until_ready(folder, supervisor, listener)
+        except KeyboardInterrupt:
+            on_interrupt(True)
+            _stop(supervisor, record.run_id, on_interrupt)
+            raise
 
 
 def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:

@@ -12,6 +12,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,10 @@ class Supervisor:
         if not goes_on:
             await self._read_keys()
             self._processes.forget()
-        await asyncio.gather(
-            asyncio.to_thread(self._prepare_mpirun),
+        await _all_in_threads(
+            self._prepare_mpirun,
             *(
-                asyncio.to_thread(self._write_bootstrap, rank, bootstrap)
+                partial(self._write_bootstrap, rank, bootstrap)
                 for rank, bootstrap in enumerate(self._bootstraps)
                 if rank > 0 or not goes_on
             ),
@@ -364,6 +365,21 @@ class Supervisor:
             release_locks(nodes, self._specification.run_id)
 
 
+async def _all_in_threads(*calls: Callable[[], None]) -> None:
+    """Make calls at the same time, and wait for all of them even if one fails.
+
+    A bootstrap that is written to a slow node after the attempt has failed on another one would
+    come after the removal of all bootstraps, and stay, with the run's secret.
+
+    Raises:
+        ClusterError: that of the first call that failed.
+    """
+    found = await asyncio.gather(*map(asyncio.to_thread, calls), return_exceptions=True)
+    for problem in found:
+        if isinstance(problem, BaseException):
+            raise problem
+
+
 # --- the process --------------------------------------------------------------------------------
 
 
@@ -373,6 +389,8 @@ async def _supervise(
     record = read_record(folder)
     if record is None:
         raise ClusterError(f"{folder} contains no run")
+    if not record.live:  # ``k2 stop`` came first
+        raise ClusterError(f"{record.run_id} is over: {record.state}")
     supervisor = Supervisor(read_specification(folder), record, listener)
     obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
     return await supervisor.run()
