@@ -22,7 +22,7 @@ from k2cli.agent.activity import activity, is_alive
 from k2cli.agent.run_folder import RESERVE_NAME, write_with_reserve
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError, K2Error
-from k2cli.files import decode_json, encode_json, read_regular
+from k2cli.files import decode_json, encode_json, matching, read_regular
 from k2cli.gpu_name import GpuName
 from k2cli.nodes.node_name import is_node_name
 from k2cli.runs import check_run
@@ -309,7 +309,7 @@ def remove_leftovers(record: RunRecord) -> None:
     names = ("launch.json", "api-key", CERTIFICATE_NAME, RESERVE_NAME)
     for path in (
         *(record.folder / name for name in names),
-        *record.folder.glob("bootstrap-*.json"),
+        *matching(record.folder, "bootstrap-*.json"),
     ):
         with suppress(OSError):
             path.unlink()
@@ -327,11 +327,8 @@ def list_runs(
         on_damaged: called with the name of the folder and a line for each record that cannot be
             used and is left out.
     """
-    directory = runs_directory()
-    if not directory.is_dir():
-        return []
     known = []
-    for folder in directory.iterdir():
+    for folder in matching(runs_directory(), "*"):
         try:
             known.append(_checked_record(folder))
         except (FileNotFoundError, NotADirectoryError):
