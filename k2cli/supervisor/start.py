@@ -22,6 +22,7 @@ from k2cli.files import APPEND, decode_with, open_regular, read_tail
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
+from k2cli.runs.hand_over import deciding
 from k2cli.runs.record import (
     EVENTS_NAME,
     LOG_NAME,
@@ -88,9 +89,11 @@ def _clean_up(record: RunRecord) -> None:
             node.kill_run(record.run_id)
             node.remove_bootstraps(record.run_id)
     release_locks(nodes, record.run_id)
-    remove_leftovers(record)
-    with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
-        save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
+    stopped = replace(record, state="stopped", cause="interrupted", ended=time.time())
+    with deciding(record.folder):  # a supervisor that was started just now must not begin it
+        remove_leftovers(record)
+        with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
+            save_record(stopped)
 
 
 def launch_detached(

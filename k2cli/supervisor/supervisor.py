@@ -39,11 +39,13 @@ from k2cli.protocol import (
     RunRestarting,
     StopRun,
 )
+from k2cli.runs.hand_over import deciding
 from k2cli.runs.record import Listener, RunRecord, read_record
 from k2cli.stderr import say_on_stderr
 from k2cli.supervisor.attempt import Attempt
 from k2cli.supervisor.end_processes import RunKiller
 from k2cli.supervisor.heartbeats import Heartbeats
+from k2cli.supervisor.in_threads import all_in_threads
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.key_watch import KeyWatch
 from k2cli.supervisor.lease_watch import LeaseWatch
@@ -95,6 +97,10 @@ class Supervisor:
         )
         self._tasks_started = False
 
+    def take_over(self) -> None:
+        """Make this process the supervisor in the run's record."""
+        self._journal.take_over()
+
     # --- requests of the user -------------------------------------------------------------------
 
     def stop(self, cause: str) -> None:
@@ -135,7 +141,6 @@ class Supervisor:
             return self._journal.close(outcome, left)
 
     async def _all_attempts(self) -> Outcome:
-        self._journal.take_over()
         await asyncio.to_thread(self._renew_locks)
         while True:
             outcome = await self._try_once()
@@ -228,7 +233,7 @@ class Supervisor:
         if not goes_on:
             await self._read_keys()
             self._processes.forget()
-        await _all_in_threads(
+        await all_in_threads(
             self._prepare_mpirun,
             *(
                 partial(self._write_bootstrap, rank, bootstrap)
@@ -365,33 +370,20 @@ class Supervisor:
             release_locks(nodes, self._specification.run_id)
 
 
-async def _all_in_threads(*calls: Callable[[], None]) -> None:
-    """Make calls at the same time, and wait for all of them even if one fails.
-
-    A bootstrap that is written to a slow node after the attempt has failed on another one would
-    come after the removal of all bootstraps, and stay, with the run's secret.
-
-    Raises:
-        ClusterError: that of the first call that failed.
-    """
-    found = await asyncio.gather(*map(asyncio.to_thread, calls), return_exceptions=True)
-    for problem in found:
-        if isinstance(problem, BaseException):
-            raise problem
-
-
 # --- the process --------------------------------------------------------------------------------
 
 
 async def _supervise(
     folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None
 ) -> RunRecord:
-    record = read_record(folder)
-    if record is None:
-        raise ClusterError(f"{folder} contains no run")
-    if not record.live:  # ``k2 stop`` came first
-        raise ClusterError(f"{record.run_id} is over: {record.state}")
-    supervisor = Supervisor(read_specification(folder), record, listener)
+    with deciding(folder):
+        record = read_record(folder)
+        if record is None:
+            raise ClusterError(f"{folder} contains no run")
+        if not record.live:  # ``k2 stop`` came first, or its launcher was found dead
+            raise ClusterError(f"{record.run_id} is over: {record.state}")
+        supervisor = Supervisor(read_specification(folder), record, listener)
+        supervisor.take_over()
     obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
     return await supervisor.run()
 

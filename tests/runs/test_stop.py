@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
 
 from k2cli.errors import ClusterError
-from k2cli.runs import stop
+from k2cli.runs import hand_over, stop
+from k2cli.runs.hand_over import deciding
 from k2cli.runs.record import read_record, save_record
 from k2cli.supervisor import start
 from k2cli.supervisor.start import launch_detached
@@ -81,3 +84,47 @@ def test_a_supervisor_does_not_begin_a_run_that_was_stopped_before_it() -> None:
     with pytest.raises(ClusterError, match=f"{record.run_id} is over: stopped"):
         supervise(record.folder, lambda event: None)
     assert read_record(record.folder) == record
+
+
+def test_a_run_that_is_taken_over_once_its_launcher_has_ended_is_stopped_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = replace(make_record("starting"), pid=2**22 + 1)
+    save_record(record)
+    with _process() as supervisor:
+        own = psutil.Process(supervisor.pid)
+        taken_over = replace(record, pid=own.pid, pid_create_time=own.create_time())
+        release = stop.release_locks
+
+        def too_late(*locks: Any) -> None:
+            release(*locks)
+            if own.is_running() and own.status() != psutil.STATUS_ZOMBIE:
+                save_record(taken_over)
+
+        monkeypatch.setattr(stop, "release_locks", too_late)
+        assert stop.stop_run(record).state == "stopped"
+        assert supervisor.wait(10) == -signal.SIGTERM
+    latest = read_record(record.folder)
+    assert latest is not None
+    assert latest.state == "stopped"
+
+
+def test_what_is_decided_about_a_run_is_decided_by_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record, order = make_record(), list[str]()
+
+    def decide() -> None:
+        with deciding(record.folder):
+            order.append("other")
+
+    other = threading.Thread(target=decide)
+    with deciding(record.folder):
+        other.start()
+        other.join(0.2)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "other"]
+    monkeypatch.setattr(hand_over, "_MOST_SECONDS", 0.1)
+    with deciding(record.folder), deciding(record.folder), deciding(record.folder / "gone"):
+        pass
