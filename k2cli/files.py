@@ -168,6 +168,24 @@ def is_of_later_version(path: Path, version: int) -> bool:
     return found.schema_version > version
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder whose names match a pattern, sorted.
+
+    None if there is no such folder, also if it is removed at this very moment: ``Path.glob`` fails
+    then, before Python 3.13.
+
+    Raises:
+        OSError: if the folder cannot be read.
+    """
+    from fnmatch import filter as names_like
+
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names_like(names, pattern))]
+
+
 def is_same_file(descriptor: int, path: Path) -> bool:
     """True if a path still leads to an open file, such as a lock that others find by its path."""
     try:

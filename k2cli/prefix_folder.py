@@ -33,6 +33,8 @@ _NOTE_NAME = "store.json"
 _LOCK_NAME = "lock"
 _SECRET_BYTES = 32
 _LOCK_TRIES, _LOCK_SECONDS = 100, 0.01
+_OPEN_TRIES = 10
+"""Attempts to make a file in a folder that others remove meanwhile: several runs may start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,13 @@ def naming_secret(known: bytes = b"") -> bytes:
     Raises:
         OSError: if it cannot be read or written.
     """
+    for _ in range(_OPEN_TRIES - 1):
+        with contextlib.suppress(FileNotFoundError):  # ``k2 cache clear`` has removed it just now
+            return _kept_secret(known)
+    return _kept_secret(known)
+
+
+def _kept_secret(known: bytes) -> bytes:
     path = open_prefixes_directory() / SECRET_NAME
     with contextlib.suppress(FileNotFoundError):
         secret = read_regular(path, _SECRET_BYTES)
@@ -227,10 +236,14 @@ def open_store(folder: Path, note: StoreNote) -> int:
     Raises:
         OSError: if it cannot be made or written, or others can access it.
     """
-    try:
-        lock = _make_store(folder, note)
-    except FileNotFoundError:  # it was empty, and another run has removed it at this very moment
-        lock = _make_store(folder, note)
+    lock = -1
+    for tries_left in reversed(range(_OPEN_TRIES)):
+        try:
+            lock = _make_store(folder, note)
+            break
+        except FileNotFoundError:  # it was empty, and another run has removed it just now
+            if not tries_left:
+                raise
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for file in blocks_of(folder):

@@ -17,6 +17,7 @@ from k2cli.agent.activity import activity
 from k2cli.agent.locks import Lock, list_locks, release
 from k2cli.agent.run_folder import remove_bootstraps, run_folder
 from k2cli.agent.run_processes import count_processes, kill_run, processes_of_run
+from k2cli.files import matching
 from k2cli.scratch import remove_scratch
 from k2cli.settings import is_run_id, runs_directory
 
@@ -45,9 +46,12 @@ def clean_machine(live: frozenset[str], gone: frozenset[str] = frozenset()) -> C
         live: runs that the asking machine has launched and knows to be alive.
         gone: runs that it knows to have ended, even if their locks here are still held.
     """
-    locks = {lock.claim.run_id: lock for lock in list_locks(count_processes)}
+    folders = {path.name for path in _folders()}
     running = {run.run_id for run in activity().runs}
-    known = set(locks) | {path.name for path in _folders()}
+    # Last: a launch takes its lock before it makes its folder and processes, so that the lock of
+    # each that was found above is seen.
+    locks = {lock.claim.run_id: lock for lock in list_locks(count_processes)}
+    known = set(locks) | folders
     cleared, spared = [], []
     for run_id in sorted(running | known):
         not_ours = run_id not in known or _is_held(locks.get(run_id))
@@ -62,8 +66,7 @@ def clean_machine(live: frozenset[str], gone: frozenset[str] = frozenset()) -> C
 
 
 def _folders() -> list[Path]:
-    directory = runs_directory()
-    found = directory.iterdir() if directory.is_dir() else ()
+    found = matching(runs_directory(), "*")
     return [path for path in found if is_run_id(path.name) and not path.is_symlink()]
 
 
@@ -94,7 +97,7 @@ def _remove_files(run_id: str) -> bool:
     """Remove scratch folders and unread bootstrap files, and the folder of a run without record."""
     folder = run_folder(run_id)
     scratch = remove_scratch(run_id)
-    unread = list(folder.glob("bootstrap-*.json")) if folder.is_dir() else []
+    unread = matching(folder, "bootstrap-*.json")
     remove_bootstraps(run_id)
     abandoned = folder.is_dir() and not (folder / "run.json").exists()
     if abandoned:

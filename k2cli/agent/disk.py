@@ -12,8 +12,10 @@ import fcntl
 import mmap
 import os
 import random
+import stat
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -50,9 +52,13 @@ def read_speed(folder: str) -> DiskReading:
 
 def largest_weights(folder: Path) -> Path | None:
     """Return the largest safetensors file in a folder of models or in a checkpoint."""
-    found = [path for path in folder.rglob("*.safetensors") if path.is_file()]
-    big = [path for path in found if path.stat().st_size >= _SMALLEST_BYTES]
-    return max(big, key=lambda path: path.stat().st_size, default=None)
+    sizes = {}
+    for path in folder.rglob("*.safetensors"):
+        with suppress(FileNotFoundError):  # removed just now, or a link to what was
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode) and found.st_size >= _SMALLEST_BYTES:
+                sizes[path] = found.st_size
+    return max(sizes, key=lambda path: sizes[path], default=None)
 
 
 def _read(path: Path) -> DiskReading:

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from k2cli.files import read_regular, write_atomically
+from k2cli.files import matching, read_regular, write_atomically
 
 _SUFFIX = ".renewed"
 _LIMIT_BYTES = 256
@@ -82,7 +82,7 @@ def remove(lock: Path) -> None:
 
 def remove_lonely(folder: Path) -> None:
     """Remove this user's marks whose locks are gone: earlier versions of k2 leave them."""
-    for path in folder.glob(f"*{_SUFFIX}"):
+    for path in matching(folder, f"*{_SUFFIX}"):
         lock = path.with_suffix(".json")
         if not lock.exists():
             remove(lock)

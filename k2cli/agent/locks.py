@@ -24,7 +24,7 @@ import psutil
 
 from k2cli.agent import freshness
 from k2cli.agent.activity import is_alive
-from k2cli.files import decode_json, open_regular, read_regular, write_atomically
+from k2cli.files import decode_json, matching, open_regular, read_regular, write_atomically
 from k2cli.pauses import Deadline
 from k2cli.settings import is_run_id, locks_directory
 
@@ -208,7 +208,7 @@ def _age_by_wall_clock(renewed: float) -> float:
 
 
 def _locks(folder: Path, count: Callable[[str], int]) -> list[Lock]:
-    found = (_read(path, count) for path in sorted(folder.glob("*.json")))
+    found = (_read(path, count) for path in matching(folder, "*.json"))
     return [lock for lock in found if lock is not None]
 
 

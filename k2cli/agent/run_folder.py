@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from k2cli.files import FULL_DISK, write_atomically
+from k2cli.files import FULL_DISK, matching, write_atomically
 from k2cli.scratch import remove_scratch
 from k2cli.settings import runs_directory
 
@@ -67,9 +68,13 @@ def remove_bootstraps(run_id: str) -> None:
     """
     folder = run_folder(run_id)
     remove_scratch(run_id)
-    for path in folder.glob("bootstrap-*.json"):
+    for path in matching(folder, "bootstrap-*.json"):
         path.unlink(missing_ok=True)
-    for path in folder.glob("mlx-*"):  # kernels that could not be put into the cache
+    for path in matching(folder, "mlx-*"):  # kernels that could not be put into the cache
         shutil.rmtree(path, ignore_errors=True)
-    if folder.is_dir() and not any(folder.iterdir()):
+    try:
         folder.rmdir()
+    except OSError as error:
+        # Another command may have removed it, or written into it, at this very moment.
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise

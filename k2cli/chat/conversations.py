@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,7 +142,8 @@ class ConversationStore:
                 for entry in entries:
                     stem, ending = os.path.splitext(entry.name)
                     if ending == ".json" and _NAME.fullmatch(stem):
-                        found.append((entry.stat().st_mtime, stem))
+                        with suppress(FileNotFoundError):  # another chat has renamed it just now
+                            found.append((entry.stat().st_mtime, stem))
         except OSError:
             return []
         return [name for _, name in sorted(found, reverse=True)]

@@ -51,12 +51,14 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     from k2cli.doctor.results import CheckResult
     from k2cli.errors import ClusterError, DoesNotFitError
     from k2cli.nodes.locks import BusyError
+    from k2cli.supervisor.signals import interrupted_by_signals
 
     names = rank_names(options)
     if not possible:
         return CheckResult("skip", _NAME, None, "not checked: first fix what has failed above")
     lengths = lengths_up_to(options.most_tokens or _MOST_TOKENS)
-    with interrupted_by_signals(), _model(options.model, names) as model:
+    stopping = interrupted_by_signals(signal.SIGTERM, signal.SIGHUP)
+    with stopping, _model(options.model, names) as model:
         request = _request(options, names, model, lengths)
         try:
             backend, checked = _run(request)
@@ -70,20 +72,6 @@ def deep_check(options: DeepOptions, *, possible: bool) -> CheckResult:
     if checked < lengths[-1]:
         detail += f"; longer ones than that would take more than {_LENGTH_SECONDS:.0f} s"
     return CheckResult("pass", _NAME, None, detail)
-
-
-@contextlib.contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP if it is not ignored, end the body as Ctrl-C does."""
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            before[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def lengths_up_to(most: int) -> tuple[int, ...]:

@@ -120,6 +120,8 @@ def key_of(run: RunRecord) -> str | None:
         return None
     try:
         return read_regular(path, _MAX_KEY_BYTES).decode().strip()
+    except FileNotFoundError:  # the run is ending: what is asked of it says so
+        return None
     except (OSError, UnicodeDecodeError) as error:
         raise K2Error(
             f"the API key in {path} cannot be read: {error}",

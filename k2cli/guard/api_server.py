@@ -293,19 +293,21 @@ class ApiServer:
         await requests.check()
         if self._closing:
             return  # ``close`` was called meanwhile and has closed the listener
-        serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        if self._server.started:
-            # uvicorn lets asyncio shorten the queue to what it accepts in one turn. If more clients
-            # than that come at once, Linux loses connections that they believe to be open.
-            listener.listen(_WAITING_CONNECTIONS)
-        renewing = asyncio.create_task(self._follow_certificate())
-        self._answering.set()
+        tasks = [asyncio.create_task(self._server.serve(sockets=[listener]))]
         try:
-            await serving
-        finally:
-            renewing.cancel()
+            while not self._server.started and not tasks[0].done():
+                await asyncio.sleep(0.01)
+            if self._server.started:
+                # uvicorn lets asyncio shorten the queue to what it accepts in one turn. If more
+                # clients come at once, Linux loses connections that they believe to be open.
+                listener.listen(_WAITING_CONNECTIONS)
+            tasks.append(asyncio.create_task(self._follow_certificate()))
+            self._answering.set()
+            await tasks[0]
+        finally:  # ``close`` may have been called at any of these moments
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow_certificate(self) -> None:
         """Tell the supervisor the certificate, and take renewed ones into use."""
@@ -353,5 +355,7 @@ class ApiServer:
         self._serving.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await self._serving
+        if self._listener is not None:
+            self._listener.close()  # as it was not if the server had not taken it over yet
         if self._reader is not None:
             await self._reader.close()

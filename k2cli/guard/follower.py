@@ -22,6 +22,7 @@ from k2cli.protocol import (
     StopRun,
 )
 from k2cli.protocol.wire import ConnectionLost
+from k2cli.stderr import say_on_stderr
 
 _LAST_WORD_SECONDS = 3.0
 # Log lines beyond these are dropped while there is no connection to the leader's guard.
@@ -63,9 +64,11 @@ class FollowerGuard(Guard):
 
     async def _report_end(self) -> None:
         """Send the last events to the leader's guard, and let it be the first to exit."""
-        # A rank may fail before the leader's guard is connected: the failure must not be lost.
-        await self._unless_leader_gone(self._connected, _LAST_WORD_SECONDS)
+        # A rank may fail long before the leader's guard is there: on a machine that is slow, or
+        # behind a slow connection. Only this guard knows why.
+        await self._unless_leader_gone(self._connected, self.deadlines.initialisation)
         if self._leader is None:
+            say_on_stderr(f"guard: {(await self.wait_for_ending()).cause}")
             return
         await self._unless_leader_gone(self._ordered, _LAST_WORD_SECONDS)
         self._leader.finish()

@@ -52,8 +52,10 @@ class LeaderSession:
         bridge = EngineBridge(self._send_to_rank)
         self._api = ApiServer(bootstrap, bridge, self._log_access, supervisor.send)
         self._guard: LeaderGuard | None = None
-        # The bootstrap of the next attempt, or the reason to end the run without one.
-        self._next: asyncio.Future[Bootstrap | Ending] = self._loop.create_future()
+        # The bootstrap of the next attempt, or None if the run ends without one.
+        self._next: asyncio.Future[Bootstrap | None] = self._loop.create_future()
+        # An order to end may follow the one to begin again while the last attempt still ends.
+        self._final: Ending | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -91,8 +93,9 @@ class LeaderSession:
                 if not (ending.failed and bootstrap.restarts):
                     return ending
             found = await self._next
-            if isinstance(found, Ending):
-                return found
+            if self._final is not None:
+                return self._final
+            assert found is not None
             self._next = self._loop.create_future()
             self._api.bridge.begin_again(self._api.bridge.cause)
             bootstrap = found
@@ -100,8 +103,8 @@ class LeaderSession:
     async def _attempt(self, bootstrap: Bootstrap) -> Ending:
         self._api.watch.begin_attempt(bootstrap)
         self._guard = LeaderGuard(bootstrap, self._worker, self._supervisor, self._api)
-        if self._next.done() and isinstance(early := self._next.result(), Ending):
-            self._guard.end(early.cause, failed=early.failed)
+        if self._final is not None:
+            self._guard.end(self._final.cause, failed=self._final.failed)
         try:
             return await self._guard.run()
         finally:
@@ -131,8 +134,10 @@ class LeaderSession:
 
     def _end(self, ending: Ending) -> None:
         """End the attempt and the run."""
+        if self._final is None:
+            self._final = ending
         if not self._next.done():
-            self._next.set_result(ending)
+            self._next.set_result(None)
         if self._guard is not None:
             self._guard.end(ending.cause, failed=ending.failed)
 

@@ -24,6 +24,7 @@ from k2cli.protocol import (
     Heartbeat,
     LivenessMessage,
     LogLine,
+    StopRun,
 )
 from k2cli.protocol.wire import ConnectionLost, WrongSecret
 from k2cli.protocol.wire_streams import (
@@ -77,7 +78,9 @@ class GuardConnection:
             ConnectionLost: if the other guard is gone, or silent for ``silence_seconds``.
         """
         try:
-            return await asyncio.wait_for(self.channel.receive(), silence_seconds)
+            # Not ``wait_for``, which before Python 3.12 may forget that it was cancelled.
+            async with asyncio.timeout(silence_seconds):
+                return await self.channel.receive()
         except TimeoutError:
             raise ConnectionLost(f"it was silent for {silence_seconds:.0f} s") from None
 
@@ -121,6 +124,7 @@ class LivenessServer:
         self._expected = set(range(1, bootstrap.assignment.size))
         self._connections: dict[int, GuardConnection] = {}
         self._endpoint: ControlEndpoint | None = None
+        self._stop: StopRun | None = None
         self._finished: set[int] = set()
         self._change = asyncio.Event()
         self._listener: socket.socket | None = None
@@ -149,9 +153,11 @@ class LivenessServer:
         return self._expected - set(self._connections) - self._finished
 
     def broadcast(self, message: LivenessMessage) -> None:
-        """Send to all guards. Guards that connect later also get the control endpoint."""
+        """Send to all guards. One that connects later also gets the endpoint and the end."""
         if isinstance(message, ControlEndpoint):
             self._endpoint = message
+        if isinstance(message, StopRun):
+            self._stop = message
         for connection in self._connections.values():
             connection.send(message)
 
@@ -245,8 +251,9 @@ class LivenessServer:
         assert task is not None
         self._strangers.pop(task, None)
         self._on_message(rank, hello)
-        if self._endpoint is not None:
-            connection.send(self._endpoint)
+        for missed in (self._endpoint, self._stop):
+            if missed is not None:
+                connection.send(missed)
         await self._serve(rank, connection)
 
     def _admit(self, hello: LivenessMessage, connection: GuardConnection) -> int:

@@ -96,8 +96,8 @@ def main() -> None:
         say_on_stderr(f"mpirun gave this process rank {number} instead of {options.rank}")
         sys.exit(1)
     connection = _connect(options.run, options.rank)
-    connection.sendall(frame({**job_environment(), PARENT_NAME: str(os.getppid())}))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the guard may end at any moment
+        connection.sendall(frame({**job_environment(), PARENT_NAME: str(os.getppid())}))
         connection.recv(1)
     # This process never called MPI_Init, so it need not finalize MPI.
     os._exit(0)

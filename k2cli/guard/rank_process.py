@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 from collections import deque
@@ -188,9 +189,11 @@ class RankProcess:
             return []
 
     def _signal(self, number: signal.Signals) -> None:
-        # asyncio knows whether the process was reaped, so the pid cannot belong to another process.
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        # Not with ``send_signal``: before Python 3.13 it looks for the process's end, and if there
+        # was one, asyncio cannot find the exit status any more.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def end(self, *, grace_seconds: float) -> bool:
         """End the rank: Shutdown and ``grace_seconds``, then SIGTERM, then SIGKILL.

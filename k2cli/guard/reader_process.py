@@ -73,8 +73,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
 
     def tell(message: msgspec.Struct) -> None:
-        answers.write(frame(message))
-        answers.flush()
+        try:
+            answers.write(frame(message))
+            answers.flush()
+        except OSError:  # the guard is gone, and the thread that reads has not noticed yet
+            os._exit(0)
 
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     arguments = (sys.stdin.buffer, frames)

@@ -7,6 +7,7 @@ lines are dropped and counted, and all other events wait in memory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -99,5 +100,6 @@ async def wait_until_stdin_closes() -> None:
     reader = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
     source = os.fdopen(os.dup(0), "rb", buffering=0)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
-    while await reader.read(_MAX_LINE_BYTES):
-        pass
+    with contextlib.suppress(OSError):  # sshd's end may be a socket, which can be reset
+        while await reader.read(_MAX_LINE_BYTES):
+            pass

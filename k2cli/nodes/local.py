@@ -93,7 +93,7 @@ class LocalNode:
             raise unwritable(error, path, ClusterError) from error
 
     def remove_bootstraps(self, run_id: str) -> None:
-        run_folder.remove_bootstraps(run_id)
+        self.ask(None, "remove-bootstraps", run_id)
 
     def free_ports(self, count: int) -> list[int]:
         return ports.free_ports(count)

@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +16,7 @@ from k2cli.agent.activity import start_of
 from k2cli.agent.locks import Claim, DeviceClaim, Lock, LockAnswer, bytes_on
 from k2cli.errors import ClusterError
 from k2cli.gpu_name import GpuName
-from k2cli.nodes.node import Node
+from k2cli.nodes.node import REACH_SECONDS, Node
 from k2cli.planning.hardware.gpus import CONTEXT_BYTES
 from k2cli.settings import user_name
 from k2cli.units import format_bytes, format_duration, replace_surrogates
@@ -116,20 +117,31 @@ def _take_all(
     nodes: Sequence[Node], run_id: str, claims: Mapping[str, Claim], *, share: bool, say: Say
 ) -> None:
     taken: list[Node] = []
+    asked: Node | None = None
     try:
         for node in _in_order(nodes):
-            claim = claims[node.name]
+            claim, asked = claims[node.name], node
             answer: LockAnswer = node.ask(
                 LockAnswer, "lock-take", str(int(share)), input=msgspec.json.encode(claim)
             )
             for removed in answer.removed:
                 say(f"node {node.name}: removed the lock of {removed}, which has ended")
+            asked = None
             if not answer.taken:
                 raise _busy(node, claim, answer.holders, share=share)
             taken.append(node)
     except BaseException:
         release_locks(taken, run_id)
+        if asked is not None:
+            _release_if_reached(asked, run_id)
         raise
+
+
+def _release_if_reached(node: Node, run_id: str) -> None:
+    """Release a lock that may have been taken: the answer was lost, or Ctrl-C came before it."""
+    with suppress(ClusterError):
+        node.reach(REACH_SECONDS)  # a node that is gone must not hold up the error that says so
+        release_locks([node], run_id)
 
 
 def _in_order(nodes: Sequence[Node]) -> list[Node]:

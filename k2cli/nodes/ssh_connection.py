@@ -160,7 +160,7 @@ class Connection:
         """Return the socket of the shared connection, connecting first if there is none."""
         limit = limit or Deadline(_CONNECT_LIMIT_SECONDS)
         with self._lock:
-            if self._socket is not None:
+            if self._socket is not None and self._socket.parent.is_dir():
                 return self._socket
             socket = _socket_folder() / secrets.token_hex(6)
             try:
@@ -298,14 +298,25 @@ def close_connections(owner: int | None = None) -> None:
         thread.join()
 
 
-@functools.cache
 def _socket_folder() -> Path:
-    """Make a folder for the sockets, for this user alone and with a short path."""
+    """Return a folder for the sockets, made if needed: of this user alone, with a short path.
+
+    The system removes the folder for running programs when the user logs out, and old folders for
+    temporary files. A supervisor goes on, and must still reach the nodes.
+    """
     bases = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
     for base in filter(None, bases):
         folder = Path(base) / f"k2-ssh-{os.geteuid()}"
         if len(os.fsencode(folder)) + 13 <= _LONGEST_SOCKET_PATH and _make_private(folder):
             return folder
+    folder = _unguessable_folder()
+    if not folder.is_dir():
+        _unguessable_folder.cache_clear()
+    return _unguessable_folder()
+
+
+@functools.cache
+def _unguessable_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="k2-", dir="/tmp"))
 
 

@@ -8,6 +8,7 @@ protocol over asyncio's streams: ``protocol.wire_streams``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -96,7 +97,8 @@ class Channel(Generic[T]):
         self._socket = connection
         self._frames: Frames[T] = Frames(receives)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # macOS refuses it if the peer is gone already
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
         """Return the descriptor of the socket, for selectors."""

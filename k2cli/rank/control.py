@@ -74,6 +74,9 @@ class Followers:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     continue
+                except OSError:  # a stranger is gone before it was accepted, or no file is left
+                    time.sleep(_POLL_SECONDS)
+                    continue
                 # In a thread of its own, so that a stranger that says nothing delays nobody.
                 while not (room := self._room.acquire(timeout=limit.next_wait())):
                     if limit.has_passed:

@@ -69,31 +69,47 @@ def follow(path: Path, count: int | None, over: Callable[[], bool]) -> Iterator[
 
     If the log is rotated meanwhile, continue with its new file.
     """
-    while not os.path.lexists(path):
+    while (file := _opened_if_there(path)) is None:
         if over():
             return
         time.sleep(_POLL_SECONDS)
-    file = _opened(path)
     try:
         whole = _whole_lines(file)
         yield from deque(whole, maxlen=count) if count is not None else whole
         partial = ""
         while True:
             ended = over()
+            # Looked at before the rest is read: once there is a new file, nothing is added to this.
+            newer = None if _is_at(path, file) else _opened_if_there(path)
             while chunk := file.readline(_MAX_LINE_CHARACTERS):
                 partial += chunk
                 if partial.endswith("\n") or len(partial) >= _MAX_LINE_CHARACTERS:
                     yield partial.rstrip("\n")
                     partial = ""
+            if newer is not None:
+                file.close()
+                file = newer
+                continue
             if ended:
                 return
-            if path.exists() and path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                file.close()
-                file = _opened(path)
-                continue
             time.sleep(_POLL_SECONDS)
     finally:
         file.close()
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """True if a path still leads to an open log, or for a moment to none: it is being rotated."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return True
+
+
+def _opened_if_there(path: Path) -> TextIO | None:
+    try:
+        return _opened(path)
+    except FileNotFoundError:
+        return None
 
 
 def _opened(path: Path) -> TextIO:

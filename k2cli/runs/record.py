@@ -22,10 +22,11 @@ from k2cli.agent.activity import activity, is_alive
 from k2cli.agent.run_folder import RESERVE_NAME, write_with_reserve
 from k2cli.choices import Transport
 from k2cli.errors import ClusterError, K2Error
-from k2cli.files import decode_json, encode_json, read_regular
+from k2cli.files import decode_json, encode_json, matching, read_regular
 from k2cli.gpu_name import GpuName
 from k2cli.nodes.node_name import is_node_name
 from k2cli.runs import check_run
+from k2cli.runs.hand_over import deciding
 from k2cli.scratch import remove_scratch
 from k2cli.settings import is_run_id, runs_directory
 
@@ -292,13 +293,17 @@ def _current(record: RunRecord, running: Collection[str] | None) -> RunRecord:
         cause = f"launcher gone; {count} process(es) remain on {', '.join(remaining)}"
         return replace(record, state="orphaned", cause=cause)
     lost = replace(record, state="lost", cause="the launcher was killed", ended=time.time())
-    remove_leftovers(lost)
+    with deciding(record.folder):
+        again = read_record(record.folder)
+        if again is not None and _is_settled(again):
+            return again  # its supervisor has taken it over meanwhile, or it is over
+        remove_leftovers(lost)
+        with suppress(OSError):  # a full disk: the next reader finds the same
+            save_record(lost)
     from k2cli.cluster.node_lookup import node_named  # slow to import, and rarely needed
     from k2cli.nodes.locks import release_locks
 
     release_locks([node_named(name) for name in record.nodes], record.run_id)
-    with suppress(OSError):  # a full disk: the next reader finds the same
-        save_record(lost)
     return lost
 
 
@@ -309,7 +314,7 @@ def remove_leftovers(record: RunRecord) -> None:
     names = ("launch.json", "api-key", CERTIFICATE_NAME, RESERVE_NAME)
     for path in (
         *(record.folder / name for name in names),
-        *record.folder.glob("bootstrap-*.json"),
+        *matching(record.folder, "bootstrap-*.json"),
     ):
         with suppress(OSError):
             path.unlink()
@@ -327,11 +332,8 @@ def list_runs(
         on_damaged: called with the name of the folder and a line for each record that cannot be
             used and is left out.
     """
-    directory = runs_directory()
-    if not directory.is_dir():
-        return []
     known = []
-    for folder in directory.iterdir():
+    for folder in matching(runs_directory(), "*"):
         try:
             known.append(_checked_record(folder))
         except (FileNotFoundError, NotADirectoryError):

@@ -14,11 +14,14 @@ from k2cli.errors import ClusterError
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import REACH_SECONDS
 from k2cli.pauses import Deadline
+from k2cli.runs.hand_over import deciding
 from k2cli.runs.record import RunRecord, RunState, read_record, remove_leftovers, save_record
 
 # A supervisor needs the ranks' grace, then SIGTERM, SIGKILL and a check of every node.
 _SUPERVISOR_SECONDS = 20.0
 _POLL_SECONDS = 0.1
+_TAKE_OVERS = 3
+"""Attempts to stop a run that another process takes over meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,24 @@ def stop_run(record: RunRecord) -> StopReport:
     Raises:
         ClusterError: if a process is left, or a node cannot be asked.
     """
-    was_live = record.live
-    if record.has_supervisor and was_live:
+    was_live, killed = record.live, 0
+    for tries_left in reversed(range(_TAKE_OVERS)):
+        killed += _stop_processes(record)
+        state = _final_state(record, always=not tries_left)
+        if state is not None:
+            break
+        record = read_record(record.folder) or record  # with the supervisor that has taken it over
+    assert state is not None
+    return StopReport(record.run_id, state, killed, was_live)
+
+
+def _stop_processes(record: RunRecord) -> int:
+    """Stop the supervisor and all processes of a run; return how many had to be killed.
+
+    Raises:
+        ClusterError: if a process is left, or a node cannot be asked.
+    """
+    if record.has_supervisor and record.live:
         _ask_supervisor(record)
     killed = 0
     problems, unreached = [], []
@@ -55,14 +74,13 @@ def stop_run(record: RunRecord) -> StopReport:
             unreached.append(name)
         else:
             problems += [f"process {process.pid} on {name} could not be killed" for process in left]
-    if not problems:
-        release_locks([node_named(name) for name in record.nodes], record.run_id)
     if problems:
         raise ClusterError(
             f"processes of {record.run_id} may be left: {'; '.join(problems)}",
             _look_again(unreached) if unreached else "k2 ps",
         )
-    return StopReport(record.run_id, _final_state(record), killed, was_live)
+    release_locks([node_named(name) for name in record.nodes], record.run_id)
+    return killed
 
 
 def _unreachable_before(record: RunRecord) -> Collection[str]:
@@ -82,23 +100,39 @@ def _look_again(nodes: Sequence[str]) -> str:
 
 
 def _ask_supervisor(record: RunRecord) -> None:
-    """Send SIGTERM, and SIGKILL if the supervisor does not exit in time."""
+    """Send SIGTERM, and SIGKILL if the supervisor does not exit in time.
+
+    A detached launch hands its run over to another process, perhaps at this very moment: so the
+    record is read again and again, and each process that answers for the run is asked.
+    """
     for number, seconds in ((signal.SIGTERM, _SUPERVISOR_SECONDS), (signal.SIGKILL, 5.0)):
-        with suppress(ProcessLookupError):
-            os.kill(record.pid, number)
+        asked: set[int] = set()
         limit = Deadline(seconds)
         while not limit.has_passed:
+            record = read_record(record.folder) or record
             if not record.has_supervisor:
                 return
+            if record.pid not in asked:
+                asked.add(record.pid)
+                with suppress(ProcessLookupError):
+                    os.kill(record.pid, number)
             time.sleep(_POLL_SECONDS)
 
 
-def _final_state(record: RunRecord) -> RunState:
-    """Return the state that the supervisor has written; if it was killed, write ``stopped``."""
-    latest = read_record(record.folder) or record
-    if latest.live or latest.state == "orphaned":
-        latest = replace(latest, state="stopped", cause="stopped", ended=time.time())
-        remove_leftovers(latest)
-        with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
-            save_record(latest)
-    return latest.state
+def _final_state(record: RunRecord, *, always: bool) -> RunState | None:
+    """Return the state that the supervisor has written; if it was killed, write ``stopped``.
+
+    Returns:
+        None, unless ``always``, if a supervisor lives: it has taken the run over from a launcher
+        that was ended.
+    """
+    with deciding(record.folder):
+        latest = read_record(record.folder) or record
+        if latest.live and latest.has_supervisor and not always:
+            return None
+        if latest.live or latest.state == "orphaned":
+            latest = replace(latest, state="stopped", cause="stopped", ended=time.time())
+            remove_leftovers(latest)
+            with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
+                save_record(latest)
+        return latest.state

@@ -128,7 +128,8 @@ class KillableReader:
 
     async def _exchange(self, message: msgspec.Struct) -> bytes:
         process = self._process
-        assert process is not None
+        if process is None:  # closed in this very moment, since the API ends
+            raise ProcessEnded
         assert process.stdin is not None
         try:
             process.stdin.write(frame(message))
@@ -139,7 +140,8 @@ class KillableReader:
 
     async def _receive(self) -> bytes:
         process = self._process
-        assert process is not None
+        if process is None:
+            raise ProcessEnded
         assert process.stdout is not None
         try:
             (size,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
@@ -172,11 +174,12 @@ class KillableReader:
     async def _wait_until_too_large(self) -> None:
         import psutil
 
-        assert self._process is not None
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            if (process := self._process) is None:
+                continue  # it was closed, and is not too large
             with contextlib.suppress(psutil.Error, OSError):  # no file is left to look with
-                if psutil.Process(self._process.pid).memory_info().rss > self.memory_bytes:
+                if psutil.Process(process.pid).memory_info().rss > self.memory_bytes:
                     return
 
     async def load(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import traceback
 from collections import defaultdict, deque
@@ -306,8 +307,18 @@ class _Handler(logging.Handler):
     def __init__(self, journal: Journal) -> None:
         super().__init__(logging.WARNING)
         self._journal = journal
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message and its traceback, line by line."""
-        for line in self.format(record).splitlines():
+        """Write a message and its traceback, line by line, in the thread of the journal."""
+        lines = self.format(record).splitlines()
+        if threading.get_ident() == self._thread:
+            self._write(lines)
+            return
+        with suppress(RuntimeError):  # the loop is closed: the run is over
+            self._loop.call_soon_threadsafe(self._write, lines)
+
+    def _write(self, lines: Sequence[str]) -> None:
+        for line in lines:
             self._journal.note_own(line)

@@ -92,7 +92,8 @@ class LogFile:
         if self._note is None:
             raise OSError(errno.EFBIG, f"it has its largest size, {self._max_bytes} bytes")
         full = self._path.with_name(f"{self._path.name}.1")
-        self._path.replace(full)
+        with suppress(FileNotFoundError):  # the user has removed it
+            self._path.replace(full)
         self.close()
         descriptor = self._open()
         self._append(self._note(f"[earlier lines are in {full}, still earlier ones are removed]"))

@@ -22,6 +22,7 @@ from k2cli.files import APPEND, decode_with, open_regular, read_tail
 from k2cli.nodes.locks import release_locks
 from k2cli.nodes.node import python_environment
 from k2cli.protocol import RunEvent
+from k2cli.runs.hand_over import deciding
 from k2cli.runs.record import (
     EVENTS_NAME,
     LOG_NAME,
@@ -32,6 +33,7 @@ from k2cli.runs.record import (
     save_record,
 )
 from k2cli.supervisor.outcome import describe_status, error_of
+from k2cli.supervisor.signals import interrupted_by_signals
 from k2cli.units import KIB, MIB, clean_text
 
 _POLL_SECONDS = 0.02
@@ -87,9 +89,11 @@ def _clean_up(record: RunRecord) -> None:
             node.kill_run(record.run_id)
             node.remove_bootstraps(record.run_id)
     release_locks(nodes, record.run_id)
-    remove_leftovers(record)
-    with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
-        save_record(replace(record, state="stopped", cause="interrupted", ended=time.time()))
+    stopped = replace(record, state="stopped", cause="interrupted", ended=time.time())
+    with deciding(record.folder):  # a supervisor that was started just now must not begin it
+        remove_leftovers(record)
+        with suppress(OSError):  # a full disk: the next reader finds that the launcher is gone
+            save_record(stopped)
 
 
 def launch_detached(
@@ -107,13 +111,16 @@ def launch_detached(
         KeyboardInterrupt: after a Ctrl-C stopped the run; a second one kills its processes.
     """
     folder = record.folder
-    supervisor = _start_supervisor(folder)
-    try:
-        return _wait_until_ready(folder, supervisor, listener)
-    except KeyboardInterrupt:
-        on_interrupt(True)
-        _stop(supervisor, record.run_id, on_interrupt)
-        raise
+    # Until the supervisor has taken the run over, ``k2 stop`` sends SIGTERM to this process, which
+    # must not end without the supervisor that it has started.
+    with interrupted_by_signals(signal.SIGTERM):
+        supervisor = _start_supervisor(folder)
+        try:
+            return _wait_until_ready(folder, supervisor, listener)
+        except KeyboardInterrupt:
+            on_interrupt(True)
+            _stop(supervisor, record.run_id, on_interrupt)
+            raise
 
 
 def _start_supervisor(folder: Path) -> subprocess.Popen[bytes]:

@@ -12,6 +12,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ from k2cli.protocol import (
     RunRestarting,
     StopRun,
 )
+from k2cli.runs.hand_over import deciding
 from k2cli.runs.record import Listener, RunRecord, read_record
 from k2cli.stderr import say_on_stderr
 from k2cli.supervisor.attempt import Attempt
 from k2cli.supervisor.end_processes import RunKiller
 from k2cli.supervisor.heartbeats import Heartbeats
+from k2cli.supervisor.in_threads import all_in_threads
 from k2cli.supervisor.journal import Journal
 from k2cli.supervisor.key_watch import KeyWatch
 from k2cli.supervisor.lease_watch import LeaseWatch
@@ -94,6 +97,10 @@ class Supervisor:
         )
         self._tasks_started = False
 
+    def take_over(self) -> None:
+        """Make this process the supervisor in the run's record."""
+        self._journal.take_over()
+
     # --- requests of the user -------------------------------------------------------------------
 
     def stop(self, cause: str) -> None:
@@ -134,7 +141,6 @@ class Supervisor:
             return self._journal.close(outcome, left)
 
     async def _all_attempts(self) -> Outcome:
-        self._journal.take_over()
         await asyncio.to_thread(self._renew_locks)
         while True:
             outcome = await self._try_once()
@@ -227,10 +233,10 @@ class Supervisor:
         if not goes_on:
             await self._read_keys()
             self._processes.forget()
-        await asyncio.gather(
-            asyncio.to_thread(self._prepare_mpirun),
+        await all_in_threads(
+            self._prepare_mpirun,
             *(
-                asyncio.to_thread(self._write_bootstrap, rank, bootstrap)
+                partial(self._write_bootstrap, rank, bootstrap)
                 for rank, bootstrap in enumerate(self._bootstraps)
                 if rank > 0 or not goes_on
             ),
@@ -370,10 +376,14 @@ class Supervisor:
 async def _supervise(
     folder: Path, listener: Listener, on_interrupt: Callable[[bool], None] | None
 ) -> RunRecord:
-    record = read_record(folder)
-    if record is None:
-        raise ClusterError(f"{folder} contains no run")
-    supervisor = Supervisor(read_specification(folder), record, listener)
+    with deciding(folder):
+        record = read_record(folder)
+        if record is None:
+            raise ClusterError(f"{folder} contains no run")
+        if not record.live:  # ``k2 stop`` came first, or its launcher was found dead
+            raise ClusterError(f"{record.run_id} is over: {record.state}")
+        supervisor = Supervisor(read_specification(folder), record, listener)
+        supervisor.take_over()
     obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
     return await supervisor.run()
 

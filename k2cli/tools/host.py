@@ -9,10 +9,10 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from k2cli.errors import K2Error
+from k2cli.pauses import Deadline
 from k2cli.pip_command import pip_install
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.tools.messages import (
@@ -67,9 +67,9 @@ class ToolHost:
             self.ended.pop(server.name, None)
             self._send(channel, Connect(number, server))
         found: dict[str, Connected | Failed] = {}
-        until = time.monotonic() + _CONNECT_SECONDS
+        limit = Deadline(_CONNECT_SECONDS)
         while waiting:
-            message = self._next(channel, until)
+            message = self._next(channel, limit)
             if isinstance(message, Connected | Failed) and message.number in waiting:
                 found[waiting.pop(message.number)] = message
             if stopped():
@@ -93,9 +93,9 @@ class ToolHost:
         """
         channel, number = self._open(), next(self._numbers)
         self._send(channel, Call(number, *call))
-        until = time.monotonic() + seconds + _MARGIN_SECONDS
+        limit = Deadline(seconds + _MARGIN_SECONDS)
         while True:
-            message = self._next(channel, until)
+            message = self._next(channel, limit)
             if isinstance(message, CallDone | Failed) and message.number == number:
                 return message
             if stopped():
@@ -109,9 +109,10 @@ class ToolHost:
             K2Error: if the process itself has.
         """
         if self._channel is not None:
-            until = time.monotonic() + _MARGIN_SECONDS
-            while self._next(self._channel, until, seconds=0.001) is not None:
-                pass
+            limit = Deadline(_MARGIN_SECONDS)
+            while self._next(self._channel, limit, seconds=0.001) is not None:
+                if limit.has_passed:  # it talks without end
+                    raise self._failed()
 
     def disconnect(self, name: str) -> None:
         """End a server."""
@@ -170,16 +171,22 @@ class ToolHost:
             raise self._failed() from error
 
     def _next(
-        self, channel: Channel[FromHost], until: float, seconds: float = _LOOK_SECONDS
+        self, channel: Channel[FromHost], limit: Deadline, seconds: float = _LOOK_SECONDS
     ) -> FromHost | None:
-        """Return the next message, or None after a moment without one."""
+        """Return the next message, or None after a moment without one.
+
+        What has come counts, even if this process was stopped (Ctrl-Z) beyond the limit.
+
+        Raises:
+            K2Error: if the process has ended, or says nothing within the limit.
+        """
         try:
             message = channel.receive(seconds)
         except ConnectionLost as error:
             raise self._failed() from error
         if isinstance(message, ServerEnded):
             self.ended[message.server] = message.reason
-        if time.monotonic() > until:
+        if message is None and limit.has_passed:
             raise self._failed()
         return message
 

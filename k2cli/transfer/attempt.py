@@ -154,6 +154,8 @@ class Attempt:
                 self._grow(event.name)
                 continue
             found, pair = self._owners[id(process)]
+            if pair is not None and process is not pair.process:
+                continue  # the last words of a sender that could not connect, and was replaced
             self._on_event(found, pair, event)
 
     def _on_event(self, found: Destination, pair: Pair | None, event: Any) -> None:
@@ -375,8 +377,6 @@ class Attempt:
             pair.process = None
             self._connect(found, pair)
             return
-        if pair is not None and pair.process is None:
-            return  # the second word of a sender that could not connect
         name = found.node.name
         message = event.message if name in event.message else f"node {name}: {event.message}"
         raise NodeFailed(name, message, event.hint or None, again=event.again)

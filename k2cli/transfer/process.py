@@ -88,11 +88,18 @@ class NodeProcess:
     def send(self, order: Any) -> None:
         """Write an order; if the process has ended, its last event tells why."""
         with self._input_lock, contextlib.suppress(OSError):
-            write_all(self.input, msgspec.json.encode(order) + b"\n")
+            if not self._ended:  # another file may have its descriptor by now
+                write_all(self.input, msgspec.json.encode(order) + b"\n")
 
     def lend_input(self, order: Any) -> int:
-        """Write an order, after which another process writes the input; return a descriptor."""
+        """Write an order, after which another process writes the input; return a descriptor.
+
+        Raises:
+            ClusterError: if the process was ended.
+        """
         with self._input_lock:
+            if self._ended:
+                raise ClusterError(f"the transfer to node {self.node.name} was ended")
             self._input_lent = True
             with contextlib.suppress(OSError):
                 write_all(self.input, msgspec.json.encode(order) + b"\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,21 @@ def test_calls_and_results_are_exported() -> None:
         in text
     )
     assert api_turns(saved.turns) == turns
+
+
+def test_a_conversation_that_is_renamed_while_they_are_listed_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, scandir = ConversationStore(tmp_path), os.scandir
+    for name in "ab":
+        store.save(conversation(name, "Hi"))
+
+    @contextmanager
+    def scandir_before_it(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            found = list(entries)
+        (tmp_path / "a.json").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scandir_before_it)
+    assert store.names() == ["b"]

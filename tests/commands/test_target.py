@@ -6,10 +6,12 @@ import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
+from k2cli.commands import target
 from k2cli.runs.record import RankRecord, RunRecord, save_record
 from k2cli.server.served_model import ServedModel
 from tests.commands.test_bench import CountingEngine
@@ -78,3 +80,18 @@ def test_a_run_that_is_not_ready(record: RunRecord) -> None:
     assert done.returncode == 5
     assert "run toy-1a2b is loading, not ready" in done.stderr
     assert "hint: k2 ps" in done.stderr
+
+
+def test_a_run_whose_key_is_removed_as_it_ends_has_none(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of the run then fails with the reason, that it is over."""
+    save(record, "http://127.0.0.1:9")
+    read = target.read_regular
+
+    def read_too_late(path: Path, limit: int) -> bytes:
+        path.unlink()
+        return read(path, limit)
+
+    monkeypatch.setattr(target, "read_regular", read_too_late)
+    assert target.key_of(record) is None

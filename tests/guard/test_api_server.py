@@ -7,14 +7,17 @@ import socket
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from k2cli.agent import ports
 from k2cli.errors import ClusterError
+from k2cli.guard import api_server
 from k2cli.guard.api_server import ApiServer, _take_port, api_url
 from k2cli.guard.engine_bridge import EngineBridge
 from k2cli.protocol import Assignment, Bootstrap, HttpEndpoint
+from tests.support.bootstraps import make_assignment, make_bootstrap
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,62 @@ def test_many_connections_may_wait_to_be_accepted(toy_k2: Path) -> None:
             await server.close()
 
     assert asyncio.run(waiting_connections()) >= 128
+
+
+class _Step:
+    """A part of the start that is reached, and then takes for ever."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.reached.set()
+        await asyncio.Event().wait()
+
+
+async def _nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("moment", ["start", "load", "check", "serve"])
+async def test_an_api_that_is_closed_at_any_moment_of_its_start_leaves_nothing(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    class Part:
+        """The reader process, the readers of requests, and uvicorn's server."""
+
+        started = should_exit = False
+
+        async def close(self) -> None:
+            closed.append("reader")
+
+        async def serve(self, sockets: list[socket.socket]) -> None:
+            try:
+                await steps["serve"]()
+            finally:
+                closed.append("server")
+
+    step = _Step()
+    steps: dict[str, Any] = {name: _nothing for name in ("start", "load", "check", "serve")}
+    steps[moment] = step
+    part: Any = Part()
+    for name in ("start", "load", "check"):
+        monkeypatch.setattr(part, name, steps[name], raising=False)
+    monkeypatch.setattr(api_server, "_first_reader", lambda bootstrap: part)
+    monkeypatch.setattr(api_server, "_import_server", lambda: None)
+    monkeypatch.setattr(api_server, "_build_server", lambda *parts: (part, part))
+    endpoint = HttpEndpoint("127.0.0.1", 0)
+    server = ApiServer(
+        make_bootstrap(make_assignment(), http=endpoint), EngineBridge(lambda message: None)
+    )
+    server.open()
+    listener = server._listener
+    assert listener is not None
+    async with asyncio.timeout(20):
+        await step.reached.wait()
+        await server.close()
+    assert listener.fileno() == -1
+    assert closed == (["server", "reader"] if moment == "serve" else ["reader"])
+    assert {asyncio.current_task()} == asyncio.all_tasks()

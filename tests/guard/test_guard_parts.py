@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ import pytest
 
 from k2cli.agent import locks, ports, run_folder
 from k2cli.errors import UsageError
-from k2cli.guard.liveness import LivenessServer, connect_to_leader
+from k2cli.guard.liveness import GuardConnection, LivenessServer, connect_to_leader
 from k2cli.guard.rank_process import MAX_LINE_CHARACTERS, split_lines
 from k2cli.protocol import (
     Bootstrap,
@@ -26,8 +27,10 @@ from k2cli.protocol import (
     GuardStarted,
     LivenessMessage,
     LogLine,
+    StopRun,
 )
-from k2cli.protocol.wire import ConnectionLost
+from k2cli.protocol.wire import ConnectionLost, frame
+from k2cli.protocol.wire_streams import accepted_stream
 from k2cli.settings import RUN_OPTION
 from tests.support.bootstraps import SECRET, make_assignment, make_bootstrap
 
@@ -77,7 +80,7 @@ async def _server(
 
 
 async def _until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -93,8 +96,8 @@ async def test_a_guard_reports_is_told_and_is_missed() -> None:
         server.broadcast(ControlEndpoint("127.0.0.1", 99))
         guard = await connect_to_leader(_bootstrap(1, port=port))
         guard.send(HELLO)
-        assert await guard.receive(5) == ControlEndpoint("127.0.0.1", 99)
         guard.send(LogLine(1, "b", "rank", "hello"))
+        assert await guard.receive(5) == ControlEndpoint("127.0.0.1", 99)
         await _until(lambda: len(heard) == 2)
         assert heard[0] == HELLO
         # It says nothing more, though its connection stays open.
@@ -115,6 +118,35 @@ async def test_a_guard_that_has_finished_can_still_hear() -> None:
         server.broadcast(ControlEndpoint("127.0.0.1", 7))
         assert await guard.receive(5) == ControlEndpoint("127.0.0.1", 7)
         guard.close()
+
+
+async def test_a_guard_that_comes_after_the_order_to_end_is_told_to_end() -> None:
+    async with _server([], [], []) as (server, port):
+        server.broadcast(StopRun("stopped"))
+        guard = await connect_to_leader(_bootstrap(1, port=port))
+        guard.send(HELLO)
+        assert await guard.receive(5) == StopRun("stopped")
+        guard.close()
+
+
+async def test_a_connection_that_is_closed_in_the_moment_of_a_message_is_read_no_more() -> None:
+    ours, theirs = socket.socketpair()
+    connection = GuardConnection(*await accepted_stream(ours))
+
+    async def serve() -> None:
+        while True:
+            await connection.receive(60)
+
+    serving = asyncio.create_task(serve())
+    await asyncio.sleep(0.01)
+    connection.reader.feed_data(frame(HELLO))
+    await asyncio.sleep(0)
+    serving.cancel()
+    try:
+        assert await asyncio.wait({serving}, timeout=1) == ({serving}, set())
+    finally:
+        connection.close()
+        theirs.close()
 
 
 async def test_strangers_and_second_guards_are_refused() -> None:

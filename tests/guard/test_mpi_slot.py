@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from k2cli.agent.openmpi import find_mpirun
+from k2cli.guard import mpi_slot_process
 from k2cli.settings import RUN_OPTION
 
 # The slot as it is, with shorter waits than its 20 s: nobody else ends it where launcher and guard
@@ -54,3 +56,23 @@ def test_mpirun_and_seat_outlive_their_guard_by_the_limit_only() -> None:
             job.communicate()
     assert job.returncode == 1
     assert "no guard listens for the slot of rank 0" in output
+
+
+def test_a_slot_whose_guard_ends_as_it_connects_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Exited(Exception):
+        pass
+
+    def exited(status: int) -> None:
+        raise Exited(status)
+
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr(mpi_slot_process, "_connect", lambda *run: ours)
+    monkeypatch.setattr(mpi_slot_process.os, "_exit", exited)
+    monkeypatch.setattr(mpi_slot_process.signal, "signal", lambda *ignored: None)
+    monkeypatch.setattr(sys, "argv", ["slot", RUN_OPTION, "demo-1", "--rank", "0"])
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with ours, pytest.raises(Exited, match="0"):
+        mpi_slot_process.main()

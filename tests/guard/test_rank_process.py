@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import time
 from typing import Any
 
+import psutil
 import pytest
 
 from k2cli.guard import rank_process
 from k2cli.guard.base import Guard
+from k2cli.guard.rank_process import RankProcess
 from k2cli.guard.spawn import SpawnedRank, spawn_rank
 from k2cli.protocol import RankFailed, RankMessage
 from tests.support.bootstraps import make_assignment, make_bootstrap
@@ -46,3 +51,31 @@ async def test_a_rank_that_has_ended_before_its_guard_looks_at_it_is_a_failure_w
     assert not guard.rank.is_stopped()
     guard.rank.kill()  # there is nothing left, and no other process is meant
     guard.cancel_tasks()
+
+
+async def test_the_status_of_a_rank_that_ends_by_itself_is_kept_though_it_is_killed_at_that_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """asyncio learns of the end after ``kill``: its thread, or its loop, gets no processor."""
+    wait, may_look = os.waitpid, threading.Event()
+
+    def late(pid: int, options: int) -> tuple[int, int]:
+        if threading.current_thread() is not threading.main_thread():
+            may_look.wait(20)
+        return wait(pid, options)
+
+    monkeypatch.setattr(os, "waitpid", late)
+    rank = await RankProcess.start(make_bootstrap(make_assignment()), "no.such.module")
+    reading = asyncio.create_task(_read(rank))
+    while psutil.Process(rank.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)  # the loop must not run
+    rank.kill()
+    may_look.set()
+    async with asyncio.timeout(20):
+        assert await rank.wait() == 1
+    reading.cancel()
+
+
+async def _read(rank: RankProcess) -> None:
+    async for _ in rank.lines():
+        pass

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from k2cli.agent.locks import Claim, lock_path, lock_state
 from k2cli.agent.run_processes import processes_of_run
 from k2cli.cli import build_app
 from k2cli.commands.whole_hint import whole_hint
+from k2cli.errors import ClusterError
 from k2cli.nodes import locks
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import BusyError, RankNeed, release_locks, take_locks
@@ -42,6 +44,21 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_until_that_ends() -> N
     for run_id in ("demo-1", "demo-3"):
         release_locks(HERE, run_id)
     take_locks(HERE, "demo-2", NEEDS)
+
+
+@pytest.mark.parametrize("loss", [KeyboardInterrupt, ClusterError("it did not answer in time")])
+def test_a_lock_whose_answer_is_lost_is_released(loss: type[BaseException] | ClusterError) -> None:
+    class Far(LocalNode):
+        def ask(self, kind: Any, verb: str, *arguments: str, **options: Any) -> Any:
+            answer = super().ask(kind, verb, *arguments, **options)
+            if verb == "lock-take":
+                assert lock_path("demo-1").exists()
+                raise loss
+            return answer
+
+    with pytest.raises((KeyboardInterrupt, ClusterError)):
+        take_locks([Far()], "demo-1", NEEDS)
+    assert not lock_path("demo-1").exists()
 
 
 def test_waiting_ends_with_the_other_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from k2cli.agent import run_folder
 from k2cli.agent.facts import NodeFacts
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
+from k2cli.nodes import ssh_connection
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.node import addresses
 from k2cli.nodes.ssh import SshNode
@@ -85,3 +88,25 @@ async def test_a_node_over_ssh_answers_as_this_machine_does() -> None:
     process = await node.start(["printf", "%s", "a b'c"], {"K2_X": "1"})
     output, _ = await asyncio.wait_for(process.communicate(), 20)
     assert output.strip() == b"a b'c"
+
+
+@pytest.mark.usefixtures("_ssh")
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_node_is_reached_again_after_the_system_has_removed_the_folder_of_the_connection(
+    monkeypatch: pytest.MonkeyPatch, is_short: bool
+) -> None:
+    """At the end of a session it removes what programs keep there, and a supervisor goes on."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as session:
+        if not is_short:
+            monkeypatch.setattr(ssh_connection, "_LONGEST_SOCKET_PATH", 0)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", session)
+        connection = ssh_connection.connection_to("b")
+        first = connection._connect()
+        assert first.is_relative_to(session) == is_short
+        shutil.rmtree(session if is_short else first.parent)
+        second = connection._connect()
+        assert second.parent.is_dir()
+        assert second != first
+        if not is_short:
+            shutil.rmtree(second.parent)
+        Path(session).mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ import pytest
 from k2cli.agent import run_processes
 from k2cli.errors import K2Error
 from k2cli.runs import check_run
+from k2cli.runs import record as records
 from k2cli.runs.lease import hold
 from k2cli.runs.record import (
     KEPT_RECORDS,
@@ -149,3 +150,22 @@ def test_old_records_are_removed_and_live_ones_kept() -> None:
     prune_records()
     kept = {run.run_id for run in list_runs()}
     assert kept == {live.run_id, *(run.run_id for run in ended[:KEPT_RECORDS])}
+
+
+def test_a_run_that_its_supervisor_takes_over_while_it_is_looked_at_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its launcher was killed just after it had started that process."""
+    taken_over = make_record("starting")
+    secret = taken_over.folder / "launch.json"
+    secret.write_text("{}")
+    save_record(replace(taken_over, pid=2**22 + 1))
+
+    def look(record: RunRecord) -> dict[str, list[str]]:
+        save_record(taken_over)
+        return {}
+
+    monkeypatch.setattr(records, "remaining_processes", look)
+    assert [run.state for run in list_runs()] == ["starting"]
+    assert read_record(taken_over.folder) == taken_over
+    assert secret.exists()

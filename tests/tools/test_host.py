@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from k2cli.tools import host as tool_host
 from k2cli.tools.host import ToolHost
 from k2cli.tools.messages import MOST_RESULT_BYTES, CallDone, Connected, Failed
 from k2cli.tools.settings import ServerSettings
@@ -87,6 +90,28 @@ def test_calls_of_hostile_servers(host: ToolHost) -> None:
     environment = call(host, "environment")
     assert isinstance(environment, CallDone)
     assert not {name for name in environment.text.split() if name.startswith(("K2_", "PYTHON"))}
+
+
+def test_a_result_counts_though_it_was_read_after_the_limit(
+    host: ToolHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat was stopped by Ctrl-Z, or got no processor, while the tool did its work."""
+    host.connect([server("rubbish")], never)
+    channel = host._channel
+    assert channel is not None
+    send = channel.send
+
+    def send_and_wait(message: object) -> None:
+        send(message)
+        select.select([channel], [], [], 30)  # the result is there
+        limit.has_passed = True
+
+    limit = SimpleNamespace(has_passed=False)
+    monkeypatch.setattr(tool_host, "Deadline", lambda seconds: limit)
+    monkeypatch.setattr(channel, "send", send_and_wait)
+    done = call(host, "rubbish")
+    assert isinstance(done, CallDone)
+    assert done.text == "done"
 
 
 def test_what_servers_say_about_their_tools(host: ToolHost) -> None:

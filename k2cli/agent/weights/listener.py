@@ -19,6 +19,7 @@ from k2cli.agent.weights.messages import ADMITTED
 
 _GREETING_SECONDS = 10.0
 """Time that a connection has for the TLS handshake and the token."""
+_RETRY_SECONDS = 0.05
 _MAX_STRANGERS = 16
 """Connections that may be in this state at the same time; further ones are closed at once."""
 QUIET_SECONDS = 20.0
@@ -48,12 +49,14 @@ class Listener:
         self._expected = streams
         self._count_lock = threading.Lock()
         self._strangers = threading.BoundedSemaphore(_MAX_STRANGERS)
+        self._closed = False
         self._socket = _listen(addresses)
         self.host, self.port = self._socket.getsockname()[:2]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         """Close the port; accepted connections stay."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts, on Linux
         self._socket.close()
@@ -62,8 +65,11 @@ class Listener:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError:  # a connection that was aborted meanwhile must not close the port
+                if self._closed:
+                    return
+                time.sleep(_RETRY_SECONDS)
+                continue
             if not self._strangers.acquire(blocking=False):
                 connection.close()
                 continue

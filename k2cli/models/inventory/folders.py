@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from k2cli.errors import K2Error
+from k2cli.files import matching
 from k2cli.models.catalog import WheelSource, catalog
 from k2cli.models.inventory.contents import contents_of, describe_config
 from k2cli.models.inventory.hub_cache import INCOMING_LOCK, Leftover, leftover
@@ -44,28 +45,49 @@ def folder_models(used_folders: Collection[str] = ()) -> list[StoredModel]:
         in_cache = Path(place).parent.name == "snapshots"
         if Path(place).is_relative_to(base) or in_cache or not Path(place).is_dir():
             continue
-        converted.append(described_folder(Path(path), "folder", shown_path(Path(path))))
+        converted += _if_it_stays(Path(path), _of_user)
     return converted
 
 
+def _of_user(folder: Path) -> StoredModel:
+    return described_folder(folder, "folder", shown_path(folder))
+
+
 def _converted() -> Iterator[StoredModel]:
-    base = models_directory()
-    for folder in sorted(base.iterdir()) if base.is_dir() else ():
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
-        entry = catalog().get(folder.name)
-        if entry is not None and isinstance(entry.source, WheelSource):
-            gguf = wheel_file(folder.name)
-            made_from = str(gguf) if gguf is not None else ""
-            yield described_folder(folder, "converted", folder.name, gguf, made_from)
-            continue
-        if name := _modelscope_name(folder):
-            yield described_folder(folder, "converted", name)
-            continue
-        source = _source_path(folder)
-        there = source is not None and source.is_file()
-        name = shown_path(source if there and source is not None else folder)
-        yield described_folder(folder, "converted", name, source=str(source or ""))
+    for folder in matching(models_directory(), "[!.]*"):
+        if folder.is_dir():
+            yield from _if_it_stays(folder, _of_k2)
+
+
+def _if_it_stays(
+    folder: Path, describe: Callable[[Path], StoredModel]
+) -> tuple[StoredModel] | tuple[()]:
+    """Describe a folder, unless another command removes it meanwhile.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    try:
+        return (describe(folder),)
+    except FileNotFoundError:
+        if folder.exists():
+            raise
+        return ()
+
+
+def _of_k2(folder: Path) -> StoredModel:
+    """Describe a folder in k2's own."""
+    entry = catalog().get(folder.name)
+    if entry is not None and isinstance(entry.source, WheelSource):
+        gguf = wheel_file(folder.name)
+        made_from = str(gguf) if gguf is not None else ""
+        return described_folder(folder, "converted", folder.name, gguf, made_from)
+    if name := _modelscope_name(folder):
+        return described_folder(folder, "converted", name)
+    source = _source_path(folder)
+    there = source is not None and source.is_file()
+    name = shown_path(source if there and source is not None else folder)
+    return described_folder(folder, "converted", name, source=str(source or ""))
 
 
 def _modelscope_name(folder: Path) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2cli.files import read_regular
+from k2cli.files import matching, read_regular
 
 _PREFIX = "models--"
 _MAX_REFERENCE_BYTES = 200
@@ -110,10 +110,10 @@ def read_hub_cache(cache: Path) -> list[CachedRepository]:
     Raises:
         OSError: if the cache cannot be listed.
     """
-    if not cache.is_dir():
-        return []
-    folders = sorted(path for path in cache.iterdir() if path.name.startswith(_PREFIX))
-    return [read_repository(folder) for folder in folders if folder.is_dir()]
+    folders = [path for path in matching(cache, f"{_PREFIX}*") if path.is_dir()]
+    found = [read_repository(folder) for folder in folders]
+    # One that could not be read since another command was removing it is no problem.
+    return [each for each in found if not each.problem or each.folder.exists()]
 
 
 def owner_counts(repositories: Iterable[CachedRepository]) -> Counter[Identity]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from k2cli.errors import K2Error
+from k2cli.files import matching
 from k2cli.prefix_folder import (
     PART_MARK,
     BlockFile,
@@ -187,7 +188,7 @@ class BlockStore:
 
     def _stores(self) -> list[Path]:
         """Return the stores of this rank, of all models."""
-        found = self._folder.parent.glob(f"*-{self._rank}")
+        found = matching(self._folder.parent, f"*-{self._rank}")
         return [folder for folder in found if not folder.is_symlink()]
 
     def _note_changes(self) -> bool:

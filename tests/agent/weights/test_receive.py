@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -257,6 +258,31 @@ def test_strangers_are_turned_away_and_the_port_closes(tmp_path: Path) -> None:
     assert arrived.wait(10)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", listener.port), 2).close()
+
+
+def test_a_connection_that_is_aborted_before_it_is_accepted_leaves_the_port_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """macOS reports the reset of such a connection to the one who would accept it."""
+    accept, aborted = socket.socket.accept, []
+
+    def first_aborted(listening: socket.socket) -> Any:
+        found = accept(listening)
+        if not aborted:
+            aborted.append(found)
+            found[0].close()
+            raise ConnectionAbortedError(errno.ECONNABORTED, "Software caused connection abort")
+        return found
+
+    monkeypatch.setattr(socket.socket, "accept", first_aborted)
+    token, arrived = "a" * 64, threading.Event()
+    listener = Listener(["127.0.0.1"], token, 1, lambda stream: (stream.close(), arrived.set()))
+    with socket.create_connection(("127.0.0.1", listener.port)) as stranger:
+        stranger.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+    connect(SendOrder("", "127.0.0.1", listener.port, listener.fingerprint, token, 1)).close()
+    assert arrived.wait(20)
 
 
 def test_a_stranger_that_sends_byte_by_byte_is_turned_away(

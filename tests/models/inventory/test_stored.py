@@ -7,12 +7,15 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
 from k2cli.agent.weights.stored_models import ModelQuestion, describe_model, plan_removal, remove
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import matching
+from k2cli.models.inventory import folders, hub_cache
 from k2cli.models.inventory.hub_cache import read_hub_cache
 from k2cli.models.inventory.known_folders import remember_folder, stamps_of
 from k2cli.models.inventory.lookup import matching_models
@@ -374,3 +377,37 @@ def test_a_download_to_a_folder_is_removed_without_what_the_user_has_there(
     remove_models(stored_models().models)
     assert [path.name for path in _files(folder)] == [".cache"]
     assert (elsewhere / "k2" / "kept").exists()
+
+
+def test_what_another_command_removes_meanwhile_is_not_listed_and_is_no_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_revision(cache, OLD, small_model(1), "main")
+    for name in ("one", "two"):
+        (models_directory() / name).mkdir(parents=True)
+        (models_directory() / name / "config.json").write_text("{}")
+    described, read = folders.described_folder, hub_cache._references
+
+    def described_too_late(folder: Path, *arguments: Any, **options: Any) -> StoredModel:
+        if folder.name == "one":
+            shutil.rmtree(folder)
+            os.listdir(folder)
+        return described(folder, *arguments, **options)
+
+    def read_too_late(folder: Path) -> Any:
+        shutil.rmtree(folder.parent)
+        os.listdir(folder)
+        return read(folder)
+
+    monkeypatch.setattr(folders, "described_folder", described_too_late)
+    monkeypatch.setattr(hub_cache, "_references", read_too_late)
+    found = stored_models()
+    assert [Path(model.folder).name for model in found.models] == ["two"]
+
+
+def test_files_are_matched_by_name_in_a_folder_that_may_be_gone(tmp_path: Path) -> None:
+    for name in ("b.json", "a.json", "c.txt"):
+        (tmp_path / name).touch()
+    assert matching(tmp_path, "*.json") == [tmp_path / "a.json", tmp_path / "b.json"]
+    assert matching(tmp_path / "gone", "*") == []
+    assert matching(tmp_path / "c.txt", "*") == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from k2cli import prefix_folder
 from k2cli.files import open_regular
 from k2cli.prefix_folder import (
     StoreNote,
@@ -286,3 +287,38 @@ def test_a_change_by_another_run_is_counted_before_the_next_block(
     store._write(f"{SCOPE}/{8:032x}", [ARRAY])
     assert len(counts) == 6
     assert sum(file.nbytes for file in blocks_of(store._folder)) <= 10_000
+
+
+def test_a_store_that_others_remove_again_and_again_while_it_is_empty_is_opened_at_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run that starts removes the empty stores of others; several may start at once."""
+    made, removals = prefix_folder.private_folder, []
+
+    def removed_at_once(folder: Path) -> Path:
+        found = made(folder)
+        if len(removals) < 3:
+            removals.append(folder)
+            folder.rmdir()
+        return found
+
+    root = prefix_folder.open_prefixes_directory()
+    monkeypatch.setattr(prefix_folder, "private_folder", removed_at_once)
+    os.close(open_store(root / "5-0", StoreNote()))
+    assert len(removals) == 3
+
+
+def test_the_secret_may_be_removed_at_any_moment_while_a_run_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link, removals = os.link, []
+
+    def removed_at_once(*paths: Path) -> None:
+        link(*paths)
+        if len(removals) < 2:
+            removals.append(paths)
+            remove_secret()
+
+    monkeypatch.setattr(os, "link", removed_at_once)
+    assert naming_secret() == naming_secret()
+    assert len(removals) == 2
