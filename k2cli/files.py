@@ -171,8 +171,8 @@ def is_of_later_version(path: Path, version: int) -> bool:
 def matching(folder: Path, pattern: str) -> list[Path]:
     """Return the paths in a folder whose names match a pattern, sorted.
 
-    None if there is no such folder, also if it is removed at this very moment: ``Path.glob`` fails
-    then, before Python 3.13.
+    There are none if there is no such folder, also if it is removed at this very moment:
+    ``Path.glob`` fails then, before Python 3.13.
 
     Raises:
         OSError: if the folder cannot be read.
