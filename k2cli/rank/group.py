@@ -9,6 +9,7 @@ import mlx.core as mx
 from k2cli.errors import ClusterError
 from k2cli.protocol import Assignment
 from k2cli.rank.listen_address import bind_only_to
+from k2cli.units import MIB, format_bytes
 
 
 def set_memory_limits(assignment: Assignment) -> None:
@@ -17,13 +18,40 @@ def set_memory_limits(assignment: Assignment) -> None:
     A GPU may keep a step's temporary arrays for the next one: taking gigabytes from the system for
     every layer anew costs time. Before all memory in use and kept would exceed the plan, MLX gives
     kept arrays back.
+
+    Raises:
+        ClusterError: if Metal's limit is now less than the plan needs.
     """
     if assignment.wired_limit_bytes is not None and mx.metal.is_available():
-        mx.set_wired_limit(assignment.wired_limit_bytes)
+        mx.set_wired_limit(_wired_limit(assignment, assignment.wired_limit_bytes))
     if assignment.cache_limit_bytes is not None:
         mx.set_cache_limit(assignment.cache_limit_bytes)
     if assignment.memory_limit_bytes is not None:
         mx.set_memory_limit(assignment.memory_limit_bytes)
+
+
+def _wired_limit(assignment: Assignment, planned_bytes: int) -> int:
+    """Return the planned limit, or Metal's own if that is less: MLX refuses any above it.
+
+    It may have become less since the plan was made: ``iogpu.wired_limit_mb`` holds until a machine
+    restarts, and ``--restart on-failure`` starts ranks after that too.
+    """
+    allowed = int(mx.device_info()["max_recommended_working_set_size"])
+    needed = assignment.memory_limit_bytes or sum(
+        each[assignment.rank]
+        for each in (assignment.expected_weights_bytes, assignment.expected_cache_bytes)
+        if each
+    )
+    if needed > allowed:
+        node = assignment.nodes[assignment.rank]
+        wanted = -(-planned_bytes * assignment.nodes.count(node) // MIB)
+        raise ClusterError(
+            f"Metal allows {format_bytes(allowed)} on {node} now, and the plan needs "
+            f"{format_bytes(needed)} of the {format_bytes(planned_bytes)} that it allowed before",
+            f"on {node}: sudo sysctl iogpu.wired_limit_mb={wanted}  (holds until it restarts; "
+            "for good: docs/guide/doctor.md)",
+        )
+    return min(planned_bytes, allowed)
 
 
 def join_group(assignment: Assignment) -> Any | None:
