@@ -42,8 +42,8 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
 
     Raises:
         UsageError: if JACCL is wanted without a cluster's description, which names the devices.
-        ClusterError: if two neighbours have no link, a node has no IPv4 address where MLX needs one,
-            or a node cannot be asked.
+        ClusterError: if two neighbours have no link, a node has no IPv4 address where MLX needs
+            one, or a node cannot be asked.
     """
     described = _described(nodes, cluster)
     if transport == "jaccl" and described is None:

@@ -51,6 +51,4 @@ def _node(name: str, address: str) -> Node:
     def ask(*_: Any) -> list[Any]:
         return []
 
-    return cast(
-        Node, SimpleNamespace(name=name, is_local=False, address=lambda: address, ask=ask)
-    )
+    return cast(Node, SimpleNamespace(name=name, is_local=False, address=lambda: address, ask=ask))
