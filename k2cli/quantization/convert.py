@@ -168,6 +168,8 @@ def _write_tensors(
         _write_index(folder, conversion, writer.file_names)
         yield BytesDone(0, total)
         for step in conversion.steps:
+            if conversion.reads is not None:
+                conversion.reads.read_for(*step.arrays)
             for written, buffered in _pieces(step, writer, piece_bytes):
                 done += written
                 largest = max(largest, buffered)

@@ -24,6 +24,7 @@ from k2cli.models.checkpoint import Checkpoint, config_for_mlx_lm
 from k2cli.models.safetensors_header import StoredTensor
 from k2cli.models.safetensors_writer import TensorSpec
 from k2cli.sharding.assemble import assemble
+from k2cli.sharding.file_reads import FileReads, gpu_waits_for_reads
 from k2cli.sharding.model_errors import naming_folder
 from k2cli.sharding.recipe import (
     Recipe,
@@ -66,12 +67,16 @@ class Step:
 
 @dataclass(slots=True)
 class Conversion:
-    """Planned conversion: steps in the order of the new files, and the new config."""
+    """Planned conversion: steps in the order of the new files, and the new config.
+
+    ``reads`` are those for the arrays of steps, where a GPU must not wait for them.
+    """
 
     steps: list[Step]
     config: dict[str, Any]
     source_bytes: int
     total_parameters: int
+    reads: FileReads | None = None
 
     @property
     def tensors(self) -> list[TensorSpec]:
@@ -107,7 +112,9 @@ def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
     steps = _steps(model, applied, before, origins)
     written = with_stored_head(config_for_mlx_lm(checkpoint.folder), opened)
     config = _new_config(written, recipe, overrides, model)
-    return Conversion(steps, config, checkpoint.stored_bytes, _count_parameters(model))
+    computed = any(step.arrays for step in steps)
+    reads = FileReads(opened.values()) if computed and gpu_waits_for_reads() else None
+    return Conversion(steps, config, checkpoint.stored_bytes, _count_parameters(model), reads)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
