@@ -24,7 +24,6 @@ from k2cli.models.checkpoint import Checkpoint, config_for_mlx_lm
 from k2cli.models.safetensors_header import StoredTensor
 from k2cli.models.safetensors_writer import TensorSpec
 from k2cli.sharding.assemble import assemble
-from k2cli.sharding.file_reads import FileReads, gpu_waits_for_reads
 from k2cli.sharding.model_errors import naming_folder
 from k2cli.sharding.recipe import (
     Recipe,
@@ -32,7 +31,7 @@ from k2cli.sharding.recipe import (
     obstacle_to_quantizing,
     quantize_lazily,
 )
-from k2cli.sharding.stored_weights import with_stored_head
+from k2cli.sharding.stored_weights import FileReads, gpu_waits_for_reads, with_stored_head
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -38,13 +38,13 @@ from k2cli.rank.kernels.experts import stays_whole
 from k2cli.rank.tensor_reader import TensorReader, suits
 from k2cli.sharding.assemble import FLOAT_TYPES, assemble, cast
 from k2cli.sharding.coverage import WholeModel, describe_whole
-from k2cli.sharding.file_reads import FileReads, gpu_waits_for_reads
 from k2cli.sharding.joined_pairs import ProjectionPair
 from k2cli.sharding.kv_cache.attention import use_own_quantized_attention
 from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
 from k2cli.sharding.stage import Stage
+from k2cli.sharding.stored_weights import FileReads, gpu_waits_for_reads
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters, running_model, trace_model
 from k2cli.sharding.weights_and_cache import kv_cache_bytes

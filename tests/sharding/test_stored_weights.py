@@ -13,8 +13,8 @@ import pytest
 from k2cli.quantization import convert, plan
 from k2cli.quantization.convert import quantize
 from k2cli.rank import loader
-from k2cli.sharding.file_reads import FileReads, _reads
 from k2cli.sharding.recipe import parse_recipe
+from k2cli.sharding.stored_weights import FileReads, _reads
 from k2cli.sharding.tensor import StandInGroup
 from tests.quantization import originals
 from tests.support.rank_pool import assignments
