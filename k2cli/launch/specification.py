@@ -242,6 +242,7 @@ def _assignment(
         memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
         expansion_weight=expansion_weight(node.backend for node in plan.nodes),
         attention_block_tokens=plan.request.attention_block_tokens,
+        meets=any(each.backend == "metal" for each in plan.nodes),
         link_check=link_check_of(run),
         prefix_disk_bytes=run.request.prefix_disk_bytes,
         prefix_disk_scope=own_prefix_scope(run) if rank == 0 else "",

@@ -122,7 +122,7 @@ class Rank:
         self._connect_followers(followers)
         group, part = self._load(lambda: self._call_followers(followers))
         identities = self._check_coverage(followers, part)
-        executor = Executor(part.stage, group, self._advance)
+        executor = Executor(part.stage, group, self._advance, meets=self._assignment.meets)
         engine = Engine(
             executor,
             followers,
@@ -160,7 +160,7 @@ class Rank:
         channel = connect_to_leader(endpoint, rank, self._start.secret, timeout)
         group, part = self._load(lambda: self._wait_for_leader(channel))
         channel.send(Holdings(rank, part.held, store_identity(self._assignment, part.stage)))
-        executor = Executor(part.stage, group, self._advance)
+        executor = Executor(part.stage, group, self._advance, meets=self._assignment.meets)
         send = prepare_follower(self._assignment, executor, channel)
         self._page.advance("warming up")
         threading.Thread(target=self._end_on_shutdown, daemon=True).start()
