@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from k2cli.choices import Transport
 from k2cli.guard import rank_process
 from k2cli.guard.base import Guard
 from k2cli.guard.spawn import SpawnedRank, spawn_rank
 from k2cli.protocol import RankFailed, RankMessage
 from tests.support.bootstraps import make_assignment, make_bootstrap
+
+_METAL = (
+    "libc++abi: terminating due to uncaught exception of type std::runtime_error: "
+    "[METAL] Command buffer execution failed: Internal Error (0000000e:Internal Error)"
+)
 
 
 class _Guard(Guard):
@@ -45,4 +53,33 @@ async def test_a_rank_that_has_ended_before_its_guard_looks_at_it_is_a_failure_w
     assert guard.rank is not None
     assert not guard.rank.is_stopped()
     guard.rank.kill()  # there is nothing left, and no other process is meant
+    guard.cancel_tasks()
+
+
+@pytest.mark.parametrize(
+    ("transport", "number", "cause"),
+    [
+        ("ring", "ABRT", f"it was killed by SIGABRT: {_METAL}"),
+        ("jaccl", "SEGV", "it was killed by SIGSEGV, as ranks over JACCL are when a Thunderbolt"),
+        ("ring", "SEGV", "it was killed by SIGSEGV"),
+    ],
+)
+async def test_a_crash_of_a_library_is_explained_by_what_is_known_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: Transport, number: str, cause: str
+) -> None:
+    (tmp_path / "crashing_rank.py").write_text(
+        f"import os, signal, sys\nsys.stderr.write({_METAL!r} + chr(10) + 'more' + chr(10))\n"
+        f"sys.stderr.flush()\nos.kill(os.getpid(), signal.SIG{number})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    guard = _Guard("crashing_rank")
+    guard.bootstrap = replace(
+        guard.bootstrap, assignment=replace(guard.bootstrap.assignment, transport=transport)
+    )
+    assert await guard.start_rank()
+    async with asyncio.timeout(20):
+        await guard.wait_for_ending()
+    [failure] = [event for event in guard.events if isinstance(event, RankFailed)]
+    assert failure.cause.startswith(cause)
+    assert transport == "jaccl" or failure.cause == cause
     guard.cancel_tasks()
