@@ -13,7 +13,7 @@ from k2cli.units import MIB, format_bytes
 
 
 def set_memory_limits(assignment: Assignment) -> None:
-    """Apply the plan's limits on wired memory, on MLX's cache of freed arrays, and on both.
+    """Apply the plan's limits on MLX's cache of freed arrays, and on all memory; wire weights.
 
     A GPU may keep a step's temporary arrays for the next one: taking gigabytes from the system for
     every layer anew costs time. Before all memory in use and kept would exceed the plan, MLX gives
@@ -23,14 +23,33 @@ def set_memory_limits(assignment: Assignment) -> None:
         ClusterError: if Metal's limit is now less than the plan needs.
     """
     if assignment.wired_limit_bytes is not None and mx.metal.is_available():
-        mx.set_wired_limit(_wired_limit(assignment, assignment.wired_limit_bytes))
+        allowed = _allowed_bytes(assignment, assignment.wired_limit_bytes)
+        mx.set_wired_limit(min(assignment.expected_weights_bytes[assignment.rank], allowed))
     if assignment.cache_limit_bytes is not None:
         mx.set_cache_limit(assignment.cache_limit_bytes)
     if assignment.memory_limit_bytes is not None:
         mx.set_memory_limit(assignment.memory_limit_bytes)
 
 
-def _wired_limit(assignment: Assignment, planned_bytes: int) -> int:
+def wire_weights(assignment: Assignment) -> None:
+    """Keep the loaded weights wired on a Mac, and as little else as possible.
+
+    Weights that are not wired are paged: ollama/ollama#17367 measured 0.6 against 64 tokens/s, with
+    the weights alone wired. What comes and goes stays outside: macOS has panicked while MLX added
+    such memory to wired memory and removed it (ml-explore/mlx#3186), and each time takes time
+    (mlx#1911).
+    """
+    if assignment.wired_limit_bytes is not None and mx.metal.is_available():
+        allowed = _allowed_bytes(assignment, assignment.wired_limit_bytes)
+        # MLX adds what was left out so far: weights that came while others were being computed.
+        mx.set_wired_limit(min(mx.get_active_memory() + _ROUNDING_BYTES, allowed))
+
+
+_ROUNDING_BYTES = 64 * MIB
+"""Memory of small arrays beyond their bytes: a page of 16 KiB each."""
+
+
+def _allowed_bytes(assignment: Assignment, planned_bytes: int) -> int:
     """Return the planned limit, or Metal's own if that is less: MLX refuses any above it.
 
     It may have become less since the plan was made: ``iogpu.wired_limit_mb`` holds until a machine

@@ -170,7 +170,7 @@ class Rank:
         """Wait for the peers, join the MLX group and load this rank's part."""
         import mlx.core as mx
 
-        from k2cli.rank.group import join_group, set_memory_limits
+        from k2cli.rank.group import join_group, set_memory_limits, wire_weights
         from k2cli.rank.kernels.cache import open_kernel_cache
         from k2cli.rank.kernels.device import check_kernels
         from k2cli.rank.loader import load_part
@@ -189,6 +189,7 @@ class Rank:
         part = load_part(
             self._assignment, group, lambda done, total: self._report("loading", done, total)
         )
+        wire_weights(self._assignment)
         self._link.send(
             RankReady(
                 self._assignment.rank,

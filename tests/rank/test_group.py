@@ -9,7 +9,7 @@ import pytest
 
 from k2cli.errors import ClusterError
 from k2cli.protocol import Assignment
-from k2cli.rank.group import set_memory_limits
+from k2cli.rank.group import set_memory_limits, wire_weights
 
 _GB = 10**9
 
@@ -36,9 +36,22 @@ def wired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return accepted
 
 
-def test_a_limit_above_metals_is_lowered_to_it(wired: list[int]) -> None:
-    set_memory_limits(_assignment(limit=498 * _GB, needed=390 * _GB))
-    set_memory_limits(_assignment(limit=300 * _GB, needed=290 * _GB))
+def test_the_weights_are_wired_and_not_what_comes_and_goes(
+    wired: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assignment = _assignment(limit=398 * _GB, needed=390 * _GB, weights=290 * _GB)
+    set_memory_limits(assignment)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 290 * _GB + 5)
+    wire_weights(assignment)
+    assert wired == [290 * _GB, 290 * _GB + 5 + 64 * 2**20]
+
+
+def test_a_limit_above_metals_is_lowered_to_it(
+    wired: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 400 * _GB - 1)
+    wire_weights(_assignment(limit=498 * _GB, needed=390 * _GB))
+    wire_weights(_assignment(limit=300 * _GB, needed=290 * _GB))
     assert wired == [400 * _GB, 300 * _GB]
 
 
@@ -47,7 +60,7 @@ def test_a_plan_that_does_not_fit_any_more_names_the_command(wired: list[int]) -
         set_memory_limits(_assignment(limit=498 * _GB, needed=450 * _GB))
     assert "on b: sudo sysctl iogpu.wired_limit_mb=474930 " in (caught.value.hint or "")
     with pytest.raises(ClusterError):
-        set_memory_limits(_assignment(limit=498 * _GB, needed=None, weights=450 * _GB))
+        wire_weights(_assignment(limit=498 * _GB, needed=None, weights=450 * _GB))
     assert wired == []
 
 
