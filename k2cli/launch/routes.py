@@ -61,7 +61,9 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
     networks, interfaces = _link_networks(nodes, reached)
     rdma = None
     if transport == "jaccl" and described is not None:
-        hosts = to_hostfile(described, "jaccl").hosts
+        # JACCL makes a ring of devices towards neighbours alone; pipelines and sums need no more.
+        imported = described.hostfile.backend if described.hostfile is not None else ""
+        hosts = to_hostfile(described, imported if imported == "jaccl-ring" else "jaccl").hosts
         rdma = [[_as_list(device) for device in host.rdma] for host in hosts]
     return Routes(reached, ring, rdma, nccl, networks, interfaces)
 

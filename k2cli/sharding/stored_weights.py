@@ -1,4 +1,4 @@
-"""What checkpoints store: its differences from what a model's class has, and when it is read.
+"""Stored weights: their differences from what a model's class has, and the time of their reading.
 
 Tools disagree on whether a head that shares the embedding is stored, and some store what the model
 computes. Weights that another quantizer packed are refused by its name.

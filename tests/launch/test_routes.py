@@ -9,6 +9,8 @@ from typing import Any, cast
 import pytest
 
 from k2cli.choices import Transport
+from k2cli.cluster.discovery import cluster_from_hostfile
+from k2cli.cluster.hostfile import Host, Hostfile
 from k2cli.errors import ClusterError
 from k2cli.launch.routes import find_routes
 from k2cli.nodes import ssh
@@ -52,3 +54,20 @@ def _node(name: str, address: str) -> Node:
         return []
 
     return cast(Node, SimpleNamespace(name=name, is_local=False, address=lambda: address, ask=ask))
+
+
+def test_devices_of_an_imported_ring_are_used_as_they_are() -> None:
+    names = ["a", "b", "c", "d"]
+    rows = [
+        [["rdma_en3"] if abs(one - other) in (1, 3) else None for other in range(4)]
+        for one in range(4)
+    ]
+    hosts = tuple(
+        Host(name, (f"10.0.0.{index}",), tuple(tuple(each) if each else None for each in row))
+        for index, (name, row) in enumerate(zip(names, rows, strict=True))
+    )
+    described = cluster_from_hostfile("four", Hostfile(hosts, "jaccl-ring"))
+    nodes = [_node(name, f"10.0.0.{index}") for index, name in enumerate(names)]
+    assert find_routes(nodes, "jaccl", described).rdma == rows
+    with pytest.raises(ClusterError, match="no RDMA link between a and c"):
+        find_routes([nodes[0], nodes[2]], "jaccl", described)
