@@ -73,6 +73,18 @@ def _allowed_bytes(assignment: Assignment, planned_bytes: int) -> int:
     return min(planned_bytes, allowed)
 
 
+_JACCL_HINTS = {
+    "protection domain": "restart the machine, whose RDMA is used up, unless its port is down: "
+    "ssh {node} ibv_devinfo; ssh -t {node} sudo shutdown -r now",
+    "IPv4-mapped GID": "k2 doctor CLUSTER, which names the port and the command",
+    "to RTR failed with errno 22": "k2 doctor CLUSTER: a port without IPv4, or in a bridge",
+    "to RTR failed with errno 60": "k2 doctor CLUSTER: a port has another address than a moment "
+    "ago, or its cable leads elsewhere; k2 cluster init describes the cables anew",
+}
+"""Errors of MLX's JACCL at its start (rdma.cpp), and what has helped: ml-explore/mlx#3207, #3467,
+#4530."""
+
+
 def join_group(assignment: Assignment) -> Any | None:
     """Join the MLX group of a run; None for a single rank, which needs none.
 
@@ -88,10 +100,12 @@ def join_group(assignment: Assignment) -> Any | None:
         bind_only_to(assignment.nccl_coordinator.rpartition(":")[0])
     try:
         group = mx.distributed.init(strict=True, backend=assignment.transport)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # JACCL's "Changing queue pair" is a ValueError
+        node = assignment.nodes[assignment.rank]
+        hints = (hint for phrase, hint in _JACCL_HINTS.items() if phrase in str(error))
         raise ClusterError(
-            f"the {assignment.transport} transport did not start on "
-            f"{assignment.nodes[assignment.rank]}: {error}"
+            f"the {assignment.transport} transport did not start on {node}: {error}",
+            next((hint.format(node=node) for hint in hints), None),
         ) from error
     if (group.rank(), group.size()) != (assignment.rank, assignment.size):
         # MPI without its real library silently makes every rank a group of its own.

@@ -9,7 +9,7 @@ import pytest
 
 from k2cli.errors import ClusterError
 from k2cli.protocol import Assignment
-from k2cli.rank.group import set_memory_limits, wire_weights
+from k2cli.rank.group import join_group, set_memory_limits, wire_weights
 
 _GB = 10**9
 
@@ -81,3 +81,24 @@ def _assignment(*, limit: int, needed: int | None, weights: int = 1) -> Assignme
         wired_limit_bytes=limit,
         memory_limit_bytes=needed,
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        # mlx 0.32.4 throws this one as std::invalid_argument.
+        (ValueError("[jaccl] Changing queue pair to RTR failed with errno 22"), "k2 doctor"),
+        (RuntimeError("[jaccl] Couldn't allocate protection domain"), "ssh -t b sudo shutdown -r"),
+        (RuntimeError("[ring] Couldn't bind socket (error: 49)"), "None"),
+    ],
+)
+def test_a_transport_that_does_not_start_is_an_error_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, hint: str
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mx.distributed, "init", init)
+    with pytest.raises(ClusterError, match="did not start on b: ") as caught:
+        join_group(_assignment(limit=1, needed=1))
+    assert str(caught.value.hint).startswith(hint) or hint in str(caught.value.hint)
