@@ -78,8 +78,8 @@ _JACCL_HINTS = {
     "ssh {node} ibv_devinfo; ssh -t {node} sudo shutdown -r now",
     "IPv4-mapped GID": "k2 doctor CLUSTER, which names the port and the command",
     "to RTR failed with errno 22": "k2 doctor CLUSTER: a port without IPv4, or in a bridge",
-    "to RTR failed with errno 60": "k2 doctor CLUSTER: a port has another address than a moment "
-    "ago, or its cable leads elsewhere; k2 cluster init describes the cables anew",
+    "to RTR failed with errno 60": "k2 cluster refresh CLUSTER, then k2 doctor CLUSTER: a cable "
+    "leads elsewhere, or a port has another address",
 }
 """Errors of MLX's JACCL at its start (rdma.cpp), and what has helped: ml-explore/mlx#3207, #3467,
 #4530."""
