@@ -174,10 +174,20 @@ def _open_closed_streams() -> None:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
+# mlx 0.32 (metal/device.cpp), from whatever needs memory first.
+_NO_METAL = "[metal::load_device] No Metal device"
+
+
 def _condition_error(error: Exception) -> K2Error | None:
-    """Return the error to show for a folder or a disk that cannot be used, None for others."""
+    """Return the error for a folder, a disk or a GPU that cannot be used, None for others."""
     from k2cli.files import DISK_ERRORS, disk_hint, disk_reason
 
+    if str(error).startswith(_NO_METAL):
+        return K2Error(
+            "macOS gives this session no GPU, and without one MLX does nothing on a Mac; sandboxes "
+            "and most virtual machines have none",
+            "run the command in Terminal or over ssh, outside of the sandbox",
+        )
     if not isinstance(error, OSError):
         return None
     if not error.filename:

@@ -136,6 +136,24 @@ def test_an_internal_error_is_one_line_and_a_crash_report() -> None:
     assert "boom" in (state_directory() / "crash.log").read_text()
 
 
+def test_a_mac_that_gives_no_gpu_is_told_so_and_is_no_bug() -> None:
+    program = (
+        "import k2cli.cli as cli\n"
+        "def build_app(only): raise RuntimeError('[metal::load_device] No Metal device '\n"
+        "    'available. This typically occurs in headless, sandboxed, or virtualized macOS '\n"
+        "    'sessions where the GPU is not accessible.')\n"
+        "cli.build_app = build_app\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "macOS gives this session no GPU" in done.stderr
+    assert "internal error" not in done.stderr
+    assert not (state_directory() / "crash.log").exists()
+
+
 def test_a_reader_that_goes_away_is_no_crash() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "k2cli", "--help"],

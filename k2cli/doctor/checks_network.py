@@ -188,8 +188,9 @@ def _rdma_of(
         yield CheckResult(bad, "RDMA", name, detail, hint)
         return
     problems = [each for port in used for each in port_problems(mac, port)]
+    number = 1 + list(situation.macs).index(name)
     for detail, hint in problems:
-        yield CheckResult(bad, "RDMA", name, detail, hint.format(node=name))
+        yield CheckResult(bad, "RDMA", name, detail, hint.format(node=name, number=number))
     if used and not problems:
         ports = ", ".join(f"rdma_{port.interface} at {port.speed}" for port in used)
         yield CheckResult("pass", "RDMA", name, f"enabled, {ports}")
@@ -198,7 +199,10 @@ def _rdma_of(
 
 
 def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, str]]:
-    """List the problems of a port that is used for RDMA, each with the hint that fixes it."""
+    """List the problems of a port that is used for RDMA, each with the hint that fixes it.
+
+    A hint has ``{node}`` for the name of the Mac, and ``{number}`` for one that no other Mac has.
+    """
     found: list[tuple[str, str]] = []
     where = f"receptacle {port.receptacle} ({port.interface})"
     if NO_RDMA_PORTS.get(mac.model or "") == port.interface:
@@ -220,6 +224,14 @@ def port_problems(mac: MachineFacts, port: ThunderboltPort) -> list[tuple[str, s
     if bridge is not None:
         hint = f"ssh -t {{node}} sudo ifconfig {bridge} deletem {port.interface}"
         found.append((f"{where} is a member of {bridge}, which takes its traffic", hint))
+    addresses = mac.interfaces.get(port.interface or "", ())
+    if not found and mac.interfaces and all(":" in address for address in addresses):
+        # mlx 0.32.4: "[jaccl] No IPv4-mapped GID for this device", with this remedy (mlx#4191).
+        hint = (
+            f"ssh -t {{node}} sudo ifconfig {port.interface} inet "
+            f"169.254.{port.receptacle}.{{number}} netmask 255.255.0.0 alias  (until it restarts)"
+        )
+        found.append((f"{where} has no IPv4 address, which MLX needs for RDMA", hint))
     return found
 
 

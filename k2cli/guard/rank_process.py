@@ -37,6 +37,8 @@ _DRAIN_SECONDS = 0.5
 # Above this share of the machine's memory, a SIGKILL likely came from the kernel.
 _HIGH_MEMORY_SHARE = 0.6
 _LOW_AVAILABLE_SHARE = 0.05
+# What libc++ prints before it aborts: MLX throws some errors on threads of its own.
+_UNCAUGHT = "terminating due to uncaught exception"
 # Log lines are shown in terminals and must not control them.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -55,6 +57,7 @@ class RankProcess:
         self._oom_evidence = oom_evidence
         self._oom_cause = ""
         self._killed_here = False
+        self._over_jaccl = False
         self._seen: psutil.Process | None = None
         self.channel = channel
         self.page = page
@@ -82,6 +85,7 @@ class RankProcess:
         reader, writer = await open_stream(connection=spawned.connection)
         channel: AsyncChannel[RankMessage] = AsyncChannel(reader, writer, RankMessage)
         rank = cls(spawned.process, channel, spawned.page, spawned.oom_evidence)
+        rank._over_jaccl = bootstrap.assignment.transport == "jaccl"
         control_host = bootstrap.liveness_host
         rank.send(Start(bootstrap.assignment, bootstrap.secret, bootstrap.deadlines, control_host))
         return rank
@@ -244,8 +248,20 @@ class RankProcess:
         if status == -signal.SIGKILL and self._memory_was_high:
             return "it was killed (SIGKILL), perhaps because the machine ran out of memory"
         if status < 0:
-            return f"it was killed by {signal_name(-status)}"
+            return f"it was killed by {signal_name(-status)}{self._crash(-status)}"
         return f"it exited with status {status}"
+
+    def _crash(self, number: int) -> str:
+        """Say more about a signal by which the rank's own code ended: what C++ said, or JACCL."""
+        if number == signal.SIGABRT:
+            said = (line for line in reversed(self.last_lines) if _UNCAUGHT in line)
+            return f": {line}" if (line := next(said, "")) else ""
+        if self._over_jaccl and number in (signal.SIGSEGV, signal.SIGBUS):
+            return (
+                ", as ranks over JACCL are when a Thunderbolt cable between them is pulled out "
+                "(mlx#4192) or fails"
+            )
+        return ""
 
 
 def _kill_all(processes: Sequence[psutil.Process]) -> None:

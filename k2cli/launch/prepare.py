@@ -345,7 +345,7 @@ def _settings(run: RunDecisions) -> dict[str, str]:
         )
     settings |= run.environments[run.nodes[0].name]
     if sys.platform == "darwin" and any(node.is_local for node in run.nodes):
-        settings["wired limit"] = format_bytes(run.plan.nodes[0].limit_bytes)
+        settings["wired memory"] = f"{format_bytes(run.plan.nodes[0].weights_bytes)} of weights"
     if run.http.api_key is not None:
         settings["named keys"] = key_setting(run)
     if run.tls is not None:

@@ -42,7 +42,8 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
 
     Raises:
         UsageError: if JACCL is wanted without a cluster's description, which names the devices.
-        ClusterError: if two neighbours have no link, or a node cannot be asked.
+        ClusterError: if two neighbours have no link, a node has no IPv4 address where MLX needs
+            one, or a node cannot be asked.
     """
     described = _described(nodes, cluster)
     if transport == "jaccl" and described is None:
@@ -51,6 +52,8 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
             f"k2 cluster init {' '.join(node.name for node in nodes)} --name NAME, then --cluster",
         )
     reached, ring = _addresses(nodes, transport, described)
+    if transport in ("ring", "jaccl"):
+        _refuse_ipv6(nodes, ring if transport == "ring" else reached[:1], transport)
     nccl = nccl_route(nodes, reached) if transport == "nccl" else None
     if all(node.is_local for node in nodes):
         return Routes(reached, ring, nccl=nccl)
@@ -58,7 +61,9 @@ def find_routes(nodes: Sequence[Node], transport: Transport, cluster: Cluster | 
     networks, interfaces = _link_networks(nodes, reached)
     rdma = None
     if transport == "jaccl" and described is not None:
-        hosts = to_hostfile(described, "jaccl").hosts
+        # JACCL makes a ring of devices towards neighbours alone; pipelines and sums need no more.
+        imported = described.hostfile.backend if described.hostfile is not None else ""
+        hosts = to_hostfile(described, imported if imported == "jaccl-ring" else "jaccl").hosts
         rdma = [[_as_list(device) for device in host.rdma] for host in hosts]
     return Routes(reached, ring, rdma, nccl, networks, interfaces)
 
@@ -96,6 +101,16 @@ def _addresses(
         return reached, reached  # the description has no addresses
     ring = [host.ips[0] if host.ips else at for host, at in zip(hosts, reached, strict=True)]
     return reached, ring
+
+
+def _refuse_ipv6(nodes: Sequence[Node], addresses: Sequence[str], transport: str) -> None:
+    """Refuse addresses at which MLX's ring and JACCL cannot listen: they have IPv4 sockets only."""
+    for node, address in zip(nodes, addresses, strict=False):
+        if ":" in address:
+            raise ClusterError(
+                f"{node.name} is reached at {address}, and MLX's {transport} speaks IPv4 only",
+                "give both machines IPv4 addresses on that link; or without it: --backend mpi",
+            )
 
 
 def _as_list(device: str | tuple[str, ...] | None) -> str | list[str] | None:

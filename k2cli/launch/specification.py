@@ -242,6 +242,7 @@ def _assignment(
         memory_limit_bytes=memory_limit_bytes(plan.nodes[rank]),
         expansion_weight=expansion_weight(node.backend for node in plan.nodes),
         attention_block_tokens=plan.request.attention_block_tokens,
+        meets=meets_of(run),
         link_check=link_check_of(run),
         prefix_disk_bytes=run.request.prefix_disk_bytes,
         prefix_disk_scope=own_prefix_scope(run) if rank == 0 else "",
@@ -267,6 +268,11 @@ def link_check_of(run: RunDecisions) -> LinkCheck | None:
 _LINK_CHECK_GPU_SECONDS, _LINK_CHECK_CPU_SECONDS = 120.0, 30.0
 """Two prefills of 4,096 tokens of Kimi K2 take two M3 Ultras 30 to 40 s. A CPU would take minutes,
 and no wrong data of a CPU's transports was reported."""
+
+
+def meets_of(run: RunDecisions) -> bool:
+    """Return ``Assignment.meets``, the same for all ranks: a GPU of Metal must not wait long."""
+    return any(node.backend == "metal" for node in run.plan.nodes)
 
 
 def own_prefix_scope(run: RunDecisions) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_SHARD_BYTES = 5_000_000_000
+MOST_WRITTEN_BYTES = 2**30
+"""Bytes of one write. macOS refuses more than 2 GiB (EINVAL), and Python's ``os.pwrite`` does not
+divide them (bpo-24658 was about ``os.write``); a layer's experts of Kimi K2 have 2.8 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,8 @@ class ShardWriter:
             )
         position = place.offset + at
         while view:
-            written = os.pwrite(self._files[place.shard], view, position)
+            part = view[:MOST_WRITTEN_BYTES]
+            written = os.pwrite(self._files[place.shard], part, position)
             view = view[written:]
             position += written
 

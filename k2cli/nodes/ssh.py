@@ -169,7 +169,15 @@ class SshNode:
 
 @functools.cache
 def _resolved(node: str, host: str) -> str:
+    """Return an address of a host, IPv4 if it has one.
+
+    MLX's ring and JACCL open IPv4 sockets only, and take what is before the first colon as the host
+    (``parse_address`` and ``TCPSocket`` of mlx 0.32). For a name such as ``studio-2.local`` macOS
+    lists an IPv6 address first.
+    """
     try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ClusterError(f"node {node}: unknown host {host} ({error})") from error
+    four = [each for each in found if each[0] == socket.AF_INET]
+    return str((four or found)[0][4][0])

@@ -84,6 +84,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
       and ``rank.joined_projections``.
     * ``expansion_weight``, ``attention_block_tokens``: settings of ``rank.attention.latent``, equal
       on all ranks.
+    * ``meets``: tensor ranks wait for each other with the processor before a step of several tokens
+      or of a new shape, because a GPU of one of them must not wait long.
     * ``link_check``: None leaves that check out.
     * ``prefix_disk_bytes``: what the prefix cache may take on this rank's disk, 0 for none;
       ``prefix_disk_scope``, on the leader only: whose prompts the scope "" has, a digest of the
@@ -118,6 +120,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     looks_ahead: bool | None = None
     expansion_weight: float = 1.0
     attention_block_tokens: int = 0
+    meets: bool = False
     link_check: LinkCheck | None = None
     prefix_disk_bytes: int = 0
     prefix_disk_scope: str = ""

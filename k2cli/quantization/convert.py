@@ -168,6 +168,8 @@ def _write_tensors(
         _write_index(folder, conversion, writer.file_names)
         yield BytesDone(0, total)
         for step in conversion.steps:
+            if conversion.reads is not None:
+                conversion.reads.read_for(*step.arrays)
             for written, buffered in _pieces(step, writer, piece_bytes):
                 done += written
                 largest = max(largest, buffered)
@@ -232,8 +234,7 @@ def _write_rows(
     mx.eval(results)
     written = 0
     for output, result in zip(step.outputs, results, strict=True):
-        writer.write(output.name, first * (output.nbytes // rows), _bytes_of(result))
-        written += result.nbytes
+        written += _write_array(writer, output.name, first * (output.nbytes // rows), result)
     return written
 
 
@@ -241,19 +242,34 @@ def _write_whole(step: Step, writer: ShardWriter) -> int:
     import mlx.core as mx
 
     mx.eval(step.arrays)
-    for output, array in zip(step.outputs, step.arrays, strict=True):
-        if array.nbytes:
-            writer.write(output.name, 0, _bytes_of(array))
-    return sum(output.nbytes for output in step.outputs)
+    return sum(
+        _write_array(writer, output.name, 0, array)
+        for output, array in zip(step.outputs, step.arrays, strict=True)
+    )
 
 
-def _bytes_of(array: mx.array) -> memoryview:
-    """Return the elements of an array in row-major order, as raw bytes."""
+MOST_VIEWED_BYTES = 2**30
+
+
+def _write_array(writer: ShardWriter, name: str, at: int, array: mx.array) -> int:
+    """Write the elements of an array in row-major order; return their bytes.
+
+    A part at a time: MLX counts a dimension with 32 bits, and as one dimension of bytes the experts
+    of a layer of Kimi K2 (2.8 GB) have a negative length.
+    """
     import mlx.core as mx
 
-    flat = mx.contiguous(array.reshape(-1))
-    raw: Any = flat if flat.dtype == mx.uint8 else flat.view(mx.uint8)
-    return memoryview(raw)
+    if not array.nbytes:
+        return 0
+    rows = array if array.ndim else array.reshape(1)
+    count = max(1, MOST_VIEWED_BYTES * len(rows) // array.nbytes)
+    for first in range(0, len(rows), count):
+        flat = mx.contiguous(rows[first : first + count].reshape(-1))
+        raw: Any = flat if flat.dtype == mx.uint8 else flat.view(mx.uint8)
+        data = memoryview(raw)
+        writer.write(name, at, data)
+        at += len(data)
+    return array.nbytes
 
 
 def _write_index(folder: Path, conversion: Conversion, file_names: Mapping[str, str]) -> None:

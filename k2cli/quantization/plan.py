@@ -31,7 +31,7 @@ from k2cli.sharding.recipe import (
     obstacle_to_quantizing,
     quantize_lazily,
 )
-from k2cli.sharding.stored_weights import with_stored_head
+from k2cli.sharding.stored_weights import FileReads, gpu_waits_for_reads, with_stored_head
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,12 +66,16 @@ class Step:
 
 @dataclass(slots=True)
 class Conversion:
-    """Planned conversion: steps in the order of the new files, and the new config."""
+    """Planned conversion: steps in the order of the new files, and the new config.
+
+    ``reads`` are those for the arrays of steps, where a GPU must not wait for them.
+    """
 
     steps: list[Step]
     config: dict[str, Any]
     source_bytes: int
     total_parameters: int
+    reads: FileReads | None = None
 
     @property
     def tensors(self) -> list[TensorSpec]:
@@ -107,7 +111,9 @@ def plan_conversion(checkpoint: Checkpoint, recipe: Recipe) -> Conversion:
     steps = _steps(model, applied, before, origins)
     written = with_stored_head(config_for_mlx_lm(checkpoint.folder), opened)
     config = _new_config(written, recipe, overrides, model)
-    return Conversion(steps, config, checkpoint.stored_bytes, _count_parameters(model))
+    computed = any(step.arrays for step in steps)
+    reads = FileReads(opened.values()) if computed and gpu_waits_for_reads() else None
+    return Conversion(steps, config, checkpoint.stored_bytes, _count_parameters(model), reads)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

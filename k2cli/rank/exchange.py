@@ -31,6 +31,8 @@ class Exchange:
         self._departing: mx.array | None = None
         self._fed: mx.array | None = None
         self._hidden: tuple[int, mx.Dtype] | None = None
+        self._nothing = mx.zeros((1,), dtype=mx.float32)
+        mx.eval(self._nothing)
 
     # --- hidden states of a pipeline -------------------------------------------------------------
 
@@ -100,6 +102,14 @@ class Exchange:
         return value + mx.array(0, value.dtype) if self._host_copies else value
 
     # --- sums of tensor ranks --------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Wait until every tensor rank has come here: in this call, and not in a sum of the step.
+
+        There the GPU would wait, and macOS ends a GPU that waits some five seconds for another
+        rank (mlx-examples#1185).
+        """
+        mx.eval(mx.distributed.all_sum(self._nothing, group=self._group))
 
     def in_step(self, step: int, computed: mx.array) -> mx.array | None:
         """Detect tensor ranks that have lost step with each other.

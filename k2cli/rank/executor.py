@@ -96,14 +96,20 @@ class Executor:
         stage: Stage,
         group: Any | None,
         advance: Advance = _ignore,
+        *,
+        meets: bool = False,
     ) -> None:
-        """Call ``advance`` after each layer, and before and after each wait for a peer."""
+        """Call ``advance`` after each layer, and before and after each wait for a peer.
+
+        ``meets``: tensor ranks wait for each other before some steps (``Assignment.meets``).
+        """
         self.stage = stage
         self.caches = CacheTable(stage)
         self.store: BlockStore | None = None
         self._advance = advance
         self.exchange = Exchange(stage, group)
-        self._early_kernels = EarlyKernels(stage, self._evaluate)
+        self._meets = meets and self.exchange.sums
+        self._early_kernels = EarlyKernels(stage, self._evaluate, sums=self.exchange.sums)
         self._seen_shapes: set[tuple[object, ...]] = set()
         self._last_was_new = False
         self.phase: Phase = "busy"
@@ -266,6 +272,10 @@ class Executor:
         make_room(caches, length)
         if self._last_was_new:  # this step's shape
             self._early_kernels.compile_for(tokens, caches, with_output=with_output)
+        if self._meets and (length > 1 or self._last_was_new):
+            self._advance("waiting")
+            self.exchange.meet()
+            self._advance(self.phase)
         return self.exchange.receive(rows, length)
 
     def _evaluate(self, caches: LayerCaches) -> None:

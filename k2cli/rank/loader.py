@@ -44,6 +44,7 @@ from k2cli.sharding.latent_ways import LatentSettings
 from k2cli.sharding.placement import Placement, RankPlacement
 from k2cli.sharding.slices import AxisSlice, part_slices
 from k2cli.sharding.stage import Stage
+from k2cli.sharding.stored_weights import FileReads, gpu_waits_for_reads
 from k2cli.sharding.tensor import StandInGroup
 from k2cli.sharding.trace import cut, parameters, running_model, trace_model
 from k2cli.sharding.weights_and_cache import kv_cache_bytes
@@ -114,7 +115,8 @@ class _OpenPart:
     ``origins`` holds the origins of each parameter that is read by ranges, by the parameter's name:
     two of a joined parameter, else one. ``joined`` are the joined parameters by their names;
     ``whole_sizes`` the size of each of the whole model's parameters as stored: its bytes, and the
-    bytes of one element.
+    bytes of one element. ``reads`` are those for the other parameters, where a GPU must not wait
+    for them.
     """
 
     stage: Stage
@@ -122,6 +124,7 @@ class _OpenPart:
     origins: dict[str, list[_Origin]]
     whole_sizes: dict[str, tuple[int, int]]
     joined: dict[str, JoinedParameter]
+    reads: FileReads | None = None
 
 
 def load_part(
@@ -221,7 +224,9 @@ def _open_part(checkpoint: Checkpoint, assignment: Assignment, group: Any) -> _O
             pair = [origin for each in of.names for origin in origins.pop(each, [])]
             if _are_read_together(pair, of.axis):
                 origins[name] = pair
-    return _OpenPart(stage, described, origins, whole_sizes, joined)
+    computed = parameters(stage.model).keys() - origins.keys()
+    reads = FileReads(tensors.values()) if computed and gpu_waits_for_reads() else None
+    return _OpenPart(stage, described, origins, whole_sizes, joined, reads)
 
 
 def _may_join(
@@ -275,6 +280,8 @@ def _read(opened: _OpenPart, on_bytes: Callable[[int], None]) -> tuple[int, int]
             if origins is None:
                 whole, item = _stored_size(opened, name, value)
                 read, taken = read + whole, taken + value.size * item
+                if opened.reads is not None:
+                    opened.reads.read_for(value)
                 value = _evaluated(value)
             else:
                 axis = opened.joined[name].axis if len(origins) > 1 else 0

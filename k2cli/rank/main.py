@@ -18,13 +18,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from k2cli.child_process import end_with_parent
-from k2cli.errors import ClusterError, K2Error
+from k2cli.errors import ClusterError
 from k2cli.pauses import Deadline
 from k2cli.protocol import (
     Assignment,
@@ -48,7 +47,8 @@ from k2cli.protocol import (
     WarmUp,
 )
 from k2cli.protocol.progress_page import MlxMemory, Phase, ProgressPage
-from k2cli.protocol.wire import Channel, ConnectionLost
+from k2cli.protocol.wire import Channel
+from k2cli.rank.fatal_errors import fatal
 from k2cli.rank.guard_link import GuardLink
 from k2cli.settings import RUN_OPTION, runs_directory
 
@@ -72,12 +72,13 @@ def main() -> None:
     arguments = parser.parse_args()
     link = GuardLink(arguments.guard_fd)
     page = ProgressPage(arguments.progress_fd)
+    start: Start | None = None
     try:
         start = link.receive_start()
         link.start_listening(start.deadlines)
         Rank(link, page, start).run()
     except BaseException as error:
-        link.send(_fatal(error))
+        link.send(fatal(error, start.assignment if start is not None else None))
         _end(1)
     page.advance("ending")
     _end(0)
@@ -121,7 +122,7 @@ class Rank:
         self._connect_followers(followers)
         group, part = self._load(lambda: self._call_followers(followers))
         identities = self._check_coverage(followers, part)
-        executor = Executor(part.stage, group, self._advance)
+        executor = Executor(part.stage, group, self._advance, meets=self._assignment.meets)
         engine = Engine(
             executor,
             followers,
@@ -159,7 +160,7 @@ class Rank:
         channel = connect_to_leader(endpoint, rank, self._start.secret, timeout)
         group, part = self._load(lambda: self._wait_for_leader(channel))
         channel.send(Holdings(rank, part.held, store_identity(self._assignment, part.stage)))
-        executor = Executor(part.stage, group, self._advance)
+        executor = Executor(part.stage, group, self._advance, meets=self._assignment.meets)
         send = prepare_follower(self._assignment, executor, channel)
         self._page.advance("warming up")
         threading.Thread(target=self._end_on_shutdown, daemon=True).start()
@@ -169,7 +170,7 @@ class Rank:
         """Wait for the peers, join the MLX group and load this rank's part."""
         import mlx.core as mx
 
-        from k2cli.rank.group import join_group, set_memory_limits
+        from k2cli.rank.group import join_group, set_memory_limits, wire_weights
         from k2cli.rank.kernels.cache import open_kernel_cache
         from k2cli.rank.kernels.device import check_kernels
         from k2cli.rank.loader import load_part
@@ -188,6 +189,7 @@ class Rank:
         part = load_part(
             self._assignment, group, lambda done, total: self._report("loading", done, total)
         )
+        wire_weights(self._assignment)
         self._link.send(
             RankReady(
                 self._assignment.rank,
@@ -369,34 +371,6 @@ class Rank:
         while not isinstance(self._link.inbox.get(), Shutdown):
             pass
         _end(0)
-
-
-_FatalKind = Literal["memory", "lost peer", "internal"]
-_FATAL_PHRASES: tuple[tuple[str, _FatalKind], ...] = (
-    ("unable to allocate", "memory"),
-    ("out of memory", "memory"),
-    ("bad_alloc", "memory"),
-    ("connection to a peer", "lost peer"),
-    ("[ring]", "lost peer"),
-    ("[nccl]", "lost peer"),
-)
-
-
-def _fatal_kind(error: BaseException, text: str) -> _FatalKind:
-    """Classify an error by phrases that are known from MLX's messages."""
-    if isinstance(error, MemoryError):
-        return "memory"
-    return next((kind for phrase, kind in _FATAL_PHRASES if phrase in text.lower()), "internal")
-
-
-def _fatal(error: BaseException) -> Fatal:
-    """Build the last message of a rank from the error that ends it."""
-    if isinstance(error, K2Error):
-        return Fatal(f"{error.message} ({error.hint})" if error.hint else error.message)
-    if isinstance(error, ConnectionLost):
-        return Fatal(f"lost a control connection: {error}", kind="lost peer")
-    text = f"{type(error).__name__}: {error}"
-    return Fatal(text, "".join(traceback.format_exception(error)), _fatal_kind(error, text))
 
 
 def _end(status: int) -> None:

@@ -77,6 +77,8 @@ def explain_failure(error: BaseException, config: Mapping[str, Any]) -> str:
             "it computes with kernels that exist for Metal alone, which this machine's MLX does "
             "not have; plan and run it on a Mac"
         )
+    if message.startswith("[metal::load_device]"):
+        return "macOS gives this session no GPU; sandboxes and most virtual machines have none"
     places = list(_places(error.__traceback__))
     if (missing := _MISSING.search(message)) is not None and isinstance(error, TypeError):
         return _lacking(re.findall(r"'(\w+)'", missing[1]), error.__traceback__, config)

@@ -1,13 +1,20 @@
-"""Differences between what checkpoints store and what a model's class has: heads, copies, packings.
+"""Stored weights: their differences from what a model's class has, and the time of their reading.
 
 Tools disagree on whether a head that shares the embedding is stored, and some store what the model
 computes. Weights that another quantizer packed are refused by its name.
+
+mlx reads files on a processor's stream, and a GPU that computes with what is read waits for it. On
+Metal it does so within a command buffer that is already committed, and macOS ends those after some
+five seconds: loading from a USB disk or a busy one fails with ``Caused GPU Timeout Error``
+(ml-explore/mlx#3803; ollama/ollama#17998 has the same remedy). So ``FileReads`` reads the tensors
+first. On CUDA mlx reads when it submits an operation, and no GPU waits.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +22,9 @@ import mlx.nn as nn
 
 from k2cli.errors import UsageError
 
+# mlx tells the graph of lazy arrays only as text. It names each operation by its address, which
+# belongs to it alone while the arrays are held.
+_READ = re.compile(r'^\{ (\d+) \[label ="Load"', re.MULTILINE)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 
 
@@ -92,3 +102,34 @@ def _further_layers(fields: Mapping[str, Any]) -> range:
     if not isinstance(layers, int) or not isinstance(extra, int):
         return range(0)
     return range(layers, layers + extra)
+
+
+def gpu_waits_for_reads() -> bool:
+    """True if a GPU may be ended for waiting until a file is read."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
+class FileReads:
+    """The reads of lazily opened tensors, to do those that lazy arrays need.
+
+    Make it before any of the tensors is evaluated.
+    """
+
+    def __init__(self, opened: Iterable[mx.array]) -> None:
+        self._tensors = {address: tensor for tensor in opened for address in _reads(tensor)}
+
+    def read_for(self, *arrays: mx.array) -> int:
+        """Read the tensors that lazy arrays are computed from; return the number read.
+
+        What has been read is held by the arrays alone, until they are evaluated.
+        """
+        addresses = dict.fromkeys(address for array in arrays for address in _reads(array))
+        found = [self._tensors.pop(address) for address in addresses if address in self._tensors]
+        mx.eval(found)
+        return len(found)
+
+
+def _reads(array: mx.array) -> list[str]:
+    text = io.StringIO()
+    mx.export_to_dot(text, array)
+    return _READ.findall(text.getvalue())

@@ -104,16 +104,19 @@ def running_model(config: Mapping[str, Any], attempt: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lazily(model: nn.Module) -> Iterator[None]:
-    """Let a model run without computing anything: no collectives, and no values read.
+    """Let a model run without computing anything: no collectives, and no values read."""
+    with without_collectives(), without_values(model):
+        yield
 
-    Collectives are replaced by functions that return the shape of the result.
-    """
+
+@contextlib.contextmanager
+def without_collectives() -> Iterator[None]:
+    """Replace collectives by functions that return an array of the result's shape."""
     all_sum, all_gather = mx.distributed.all_sum, mx.distributed.all_gather
     mx.distributed.all_sum = lambda x, **_: x
     mx.distributed.all_gather = lambda x, *, group, **_: mx.concatenate([x] * group.size())
     try:
-        with without_values(model):
-            yield
+        yield
     finally:
         mx.distributed.all_sum, mx.distributed.all_gather = all_sum, all_gather
 

@@ -6,17 +6,25 @@ import asyncio
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
+from k2cli.choices import Transport
 from k2cli.guard import rank_process
 from k2cli.guard.base import Guard
 from k2cli.guard.rank_process import RankProcess
 from k2cli.guard.spawn import SpawnedRank, spawn_rank
 from k2cli.protocol import RankFailed, RankMessage
 from tests.support.bootstraps import make_assignment, make_bootstrap
+
+_METAL = (
+    "libc++abi: terminating due to uncaught exception of type std::runtime_error: "
+    "[METAL] Command buffer execution failed: Internal Error (0000000e:Internal Error)"
+)
 
 
 class _Guard(Guard):
@@ -79,3 +87,32 @@ async def test_the_status_of_a_rank_that_ends_by_itself_is_kept_though_it_is_kil
 async def _read(rank: RankProcess) -> None:
     async for _ in rank.lines():
         pass
+
+
+@pytest.mark.parametrize(
+    ("transport", "number", "cause"),
+    [
+        ("ring", "ABRT", f"it was killed by SIGABRT: {_METAL}"),
+        ("jaccl", "SEGV", "it was killed by SIGSEGV, as ranks over JACCL are when a Thunderbolt"),
+        ("ring", "SEGV", "it was killed by SIGSEGV"),
+    ],
+)
+async def test_a_crash_of_a_library_is_explained_by_what_is_known_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: Transport, number: str, cause: str
+) -> None:
+    (tmp_path / "crashing_rank.py").write_text(
+        f"import os, signal, sys\nsys.stderr.write({_METAL!r} + chr(10) + 'more' + chr(10))\n"
+        f"sys.stderr.flush()\nos.kill(os.getpid(), signal.SIG{number})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    guard = _Guard("crashing_rank")
+    guard.bootstrap = replace(
+        guard.bootstrap, assignment=replace(guard.bootstrap.assignment, transport=transport)
+    )
+    assert await guard.start_rank()
+    async with asyncio.timeout(20):
+        await guard.wait_for_ending()
+    [failure] = [event for event in guard.events if isinstance(event, RankFailed)]
+    assert failure.cause.startswith(cause)
+    assert transport == "jaccl" or failure.cause == cause
+    guard.cancel_tasks()

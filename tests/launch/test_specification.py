@@ -14,6 +14,7 @@ from k2cli.launch.specification import (
     RunDecisions,
     cache_limit_bytes,
     link_check_of,
+    meets_of,
     memory_limit_bytes,
 )
 from k2cli.launch.transport import restart_warnings
@@ -82,6 +83,16 @@ def test_the_link_is_checked_where_ranks_are_apart(nodes: str, wanted: Any, chec
         budgets = [SimpleNamespace(backend=device) for device in devices.split(",")]
         run.plan = SimpleNamespace(nodes=budgets)  # type: ignore[assignment]
         assert link_check_of(run) == (LinkCheck([4096], seconds) if checked else None)
+
+
+@pytest.mark.parametrize(
+    ("devices", "meets"), [("cpu,metal", True), ("metal", True), ("cuda,cpu", False)]
+)
+def test_ranks_meet_if_one_of_them_computes_on_metal(devices: str, meets: bool) -> None:
+    run = RunDecisions(LaunchRequest("demo"))
+    budgets = [SimpleNamespace(backend=device) for device in devices.split(",")]
+    run.plan = SimpleNamespace(nodes=budgets)  # type: ignore[assignment]
+    assert meets_of(run) is meets
 
 
 def test_restarts_over_jaccl_say_what_they_may_cost() -> None:

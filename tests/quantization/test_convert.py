@@ -13,6 +13,7 @@ import pytest
 
 from k2cli.errors import K2Error, UsageError
 from k2cli.models.checkpoint import read_checkpoint
+from k2cli.quantization import convert
 from k2cli.quantization.convert import quantize
 from k2cli.quantization.events import BytesDone, LayerQuantized, QuantizationResult
 from k2cli.sharding.recipe import Recipe, parse_recipe
@@ -103,6 +104,25 @@ def test_equals_mlx_lm_byte_for_byte(tmp_path: Path, name: str, recipe: str) -> 
     assert isinstance(result, QuantizationResult)
     assert result.tensors == len(reference)
     assert result.stored_bytes == read_checkpoint(expected).stored_bytes
+
+
+def test_arrays_that_mlx_cannot_see_as_bytes_are_written_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = originals.kimi(tmp_path / "original")
+    recipe = parse_recipe("4bit")
+    convert_with_k2(source, tmp_path / "whole", recipe)
+    view, seen = mx.array.view, []
+
+    def small_view(array: mx.array, dtype: mx.Dtype) -> mx.array:
+        seen.append(array.nbytes)
+        return view(array, dtype)
+
+    monkeypatch.setattr(mx.array, "view", small_view)
+    monkeypatch.setattr(convert, "MOST_VIEWED_BYTES", 30_000)
+    convert_with_k2(source, tmp_path / "parts", recipe, piece_bytes=20_000)
+    assert max(seen) <= 30_000
+    assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
 
 
 def test_router_and_norms_stay_and_events_add_up(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def test_toy_k2_tokens_with_the_head_cut(
     toy_k2: Path, toy_reference: list[list[int]], tmp_path: Path
 ) -> None:
     expected = [tokens[:SOME_TOKENS] for tokens in toy_reference]
-    assert _tokens(toy_k2, tmp_path, "tensor", 2, SOME_TOKENS, head="sharded") == expected
+    changes: dict[str, Any] = {"head": "sharded", "meets": True}
+    assert _tokens(toy_k2, tmp_path, "tensor", 2, SOME_TOKENS, **changes) == expected
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,9 @@ from k2cli.sharding.kv_cache.quantized import QuantizedBatchCache, QuantizedCach
 from k2cli.sharding.stage import Stage
 
 _RELEASE_SECONDS = 0.01
+_ROUNDING_BYTES = 2 * 3 * 2**14
+"""Memory of keys and values beyond their elements: MLX takes whole pages (16 KiB on a Mac) for an
+array, and reuses a freed one that is up to two pages larger (backend/common/buffer_cache.h)."""
 
 
 class Keep(Protocol):
@@ -240,7 +243,7 @@ def _released(expected_bytes: int) -> bool:
     A thread of MLX releases it after the result is there, but never if a kept prefix shares it.
     """
     deadline = time.monotonic() + _RELEASE_SECONDS
-    while mx.get_active_memory() > expected_bytes:
+    while mx.get_active_memory() > expected_bytes + _ROUNDING_BYTES:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.0001)

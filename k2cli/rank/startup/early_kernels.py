@@ -1,4 +1,4 @@
-"""Kernels of a pipeline's later stages, compiled while the stages before them compute.
+"""Kernels that are compiled before the step that needs them, where another rank would wait.
 
 On CUDA MLX compiles most kernels when they are first used, and the first step of a shape takes up
 to a minute on a cold start. A stage computes when the hidden states of the stage before it arrive,
@@ -6,6 +6,10 @@ so the stages would compile one after the other. Instead a later stage computes 
 made-up hidden states and copies of its caches first. It would wait at that time anyway. Then it
 computes the step itself, which it has the kernels for. Kernels depend on shapes and element types,
 never on values.
+
+On Metal, kernels are compiled at their first use on a machine. A tensor rank that has them would
+wait for one that has not, with its GPU, and macOS ends a GPU that waits some five seconds for
+another rank (mlx-examples#1185). So tensor ranks compute small steps alone first, without sums.
 
 This ends with the warm-up: the caches of requests may be too large for copies.
 """
@@ -21,6 +25,10 @@ from k2cli.rank.host_buffers import copies_from_host
 from k2cli.rank.kv_cache.kept_prefixes import LayerCaches
 from k2cli.sharding.architectures import MODEL_FAILURES
 from k2cli.sharding.stage import Stage
+from k2cli.sharding.trace import without_collectives
+
+_MOST_TOKENS = 256
+"""Tokens of a step that tensor ranks compute alone first. Larger ones need few kernels more."""
 
 
 class EarlyKernels:
@@ -28,23 +36,28 @@ class EarlyKernels:
 
     Args:
         evaluate: computes the caches of a step, layer by layer.
+        sums: True for a tensor rank.
     """
 
-    def __init__(self, stage: Stage, evaluate: Callable[[LayerCaches], None]) -> None:
+    def __init__(
+        self, stage: Stage, evaluate: Callable[[LayerCaches], None], *, sums: bool = False
+    ) -> None:
         self._stage = stage
         self._evaluate = evaluate
+        self._sums = sums
         self._compiles = False
 
     def begin(self) -> None:
-        """Begin, if this stage waits for another one and the device compiles kernels."""
-        self._compiles = not self._stage.is_first and copies_from_host()
+        """Begin, if another rank would wait and the device compiles kernels."""
+        later = not self._stage.is_first and copies_from_host()
+        self._compiles = later or (self._sums and mx.metal.is_available())
 
     def end(self) -> None:
         """Compile nothing early from now on."""
         self._compiles = False
 
     def compile_for(self, tokens: mx.array, caches: LayerCaches, *, with_output: bool) -> None:
-        """Compute a step whose hidden states have not arrived, and forget its results.
+        """Compute a step without anything of other ranks, and forget its results.
 
         An error is none of the step: it needs less memory, and fails itself if the device does.
         After an error nothing is compiled early.
@@ -54,13 +67,15 @@ class EarlyKernels:
             caches: those of the step, with room for it; not changed.
             with_output: whether the step computes its output, and not its caches alone.
         """
-        if not self._compiles:
+        if not self._compiles or (self._sums and tokens.size > _MOST_TOKENS):
             return
         stage = self._stage
         try:
             copies = copy.deepcopy(caches)  # arrays are shared until one is written to
-            output = stage.forward(tokens, stage.complete(copies), self._made_up(*tokens.shape))
-            self._evaluate(copies)
+            arrived = None if stage.is_first else self._made_up(*tokens.shape)
+            with without_collectives():
+                output = stage.forward(tokens, stage.complete(copies), arrived)
+                self._evaluate(copies)
             if with_output:
                 mx.eval(output)
         except (*MODEL_FAILURES, MemoryError):

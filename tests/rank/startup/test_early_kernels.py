@@ -215,6 +215,73 @@ def test_a_stage_in_the_middle_sends_what_it_computed_with_the_real_hidden_state
     assert sent(compiles=True) == sent(compiles=False)
 
 
+class _Sums:
+    """Imitates the sums of a tensor rank: their shapes, between the calls of ``forward``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, meets: bool) -> None:
+        self.seen: list[object] = []
+        monkeypatch.setattr(mx.distributed, "all_sum", self._sum)
+        self.rank = Executor(cut_stage(_model("kimi_k2"), 0, 2), _GROUP, meets=meets)
+        forward = self.rank.stage.forward
+
+        def noted(*arguments: Any) -> mx.array:
+            self.seen.append("forward")
+            output = forward(*arguments)
+            return output + mx.distributed.all_sum(mx.zeros(output.shape))
+
+        self.rank.stage = _Counted(self.rank.stage, noted)  # type: ignore[assignment]
+        self.rank._early_kernels._stage = self.rank.stage
+
+    def _sum(self, value: mx.array, **_: object) -> mx.array:
+        self.seen.append(value.shape)
+        return value
+
+    def do(self, kind: Callable[..., Decision], *arguments: Any) -> list[object]:
+        self.seen.clear()
+        self.rank.carry_out(kind(1, *arguments))
+        return self.seen[:]
+
+
+def test_tensor_ranks_meet_before_a_step_in_which_one_may_wait_for_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_metal, without = (_Sums(monkeypatch, meets=meets) for meets in (True, False))
+    monkeypatch.setattr(mx.distributed, "all_sum", with_metal._sum)
+    assert with_metal.do(OpenSequence, 0) == []
+    met = [(1,), "forward"]
+    assert with_metal.do(Prefill, 0, TOKENS[:20])[:2] == met
+    assert with_metal.do(Prefill, 0, TOKENS[20:40])[:2] == met
+    with_metal.do(JoinBatch, 0, 0)
+    assert with_metal.do(Decode, 0, [TOKENS[40]])[:2] == met
+    assert with_metal.do(Decode, 0, [TOKENS[41]])[0] == "forward"
+    monkeypatch.setattr(mx.distributed, "all_sum", without._sum)
+    without.do(OpenSequence, 0)
+    assert without.do(Prefill, 0, TOKENS[:20])[0] == "forward"
+
+
+def test_tensor_ranks_on_metal_compute_small_steps_alone_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[list[float]] = []
+    for metal in (False, True):
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        rank = _Sums(monkeypatch, meets=True)
+        monkeypatch.setattr(mx.distributed, "all_sum", rank._sum)
+        rank.do(WarmUp, "self-test", 1)
+        rank.do(OpenSequence, 0)
+        steps = rank.do(Prefill, 0, TOKENS[:20])
+        # Alone without any sum, then together.
+        alone = ["forward"] if metal else []
+        assert steps[: len(alone) + 2] == [*alone, (1,), "forward"]
+        large = rank.do(Prefill, 0, [*TOKENS, *TOKENS, *TOKENS][:300])
+        assert large[:2] == [(1,), "forward"]
+        rank.do(JoinBatch, 0, 0)
+        result = rank.rank.carry_out(Decode(1, 0, [TOKENS[0]]))
+        assert result.logits is not None
+        found.append(result.logits.flatten().tolist())  # type: ignore[arg-type]
+    assert found[0] == found[1]
+
+
 @pytest.mark.usefixtures("compiles")
 def test_a_failure_before_the_hidden_states_arrive_does_not_end_the_step(
     monkeypatch: pytest.MonkeyPatch,
