@@ -12,6 +12,7 @@ import psutil
 
 from k2cli.agent.freshness import boot_id
 from k2cli.agent.run_processes import run_of
+from k2cli.system.processes import command_of
 
 
 class RunActivity(msgspec.Struct, frozen=True):
@@ -32,8 +33,8 @@ def activity() -> Activity:
     """Find the processes of runs on this machine."""
     found: dict[str, list[int]] = defaultdict(list)
     for process in psutil.process_iter():
+        run_id = run_of(command_of(process))
         try:
-            run_id = run_of(process.cmdline())
             if run_id is not None and process.status() != psutil.STATUS_ZOMBIE:
                 found[run_id].append(int(process.memory_info().rss))
         except (psutil.NoSuchProcess, psutil.AccessDenied):

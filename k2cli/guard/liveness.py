@@ -16,7 +16,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import (
     Bootstrap,
     ControlEndpoint,
@@ -32,6 +31,7 @@ from k2cli.protocol.wire_streams import (
     authenticate_stream,
     open_stream,
 )
+from k2cli.system.file_limit import raise_file_limit
 
 _RETRY_SECONDS = 0.2
 _BACKLOG = 128
@@ -192,6 +192,10 @@ class LivenessServer:
                 await self._drop_a_stranger()
             try:
                 connection, peer = await asyncio.get_running_loop().sock_accept(listener)
+                if peer is None:
+                    # macOS, on an IPv6 address: the peer has reset it by now (dotnet#121848).
+                    connection.close()
+                    continue
                 reader, writer = await accepted_stream(connection)
             except OSError as error:  # no file is left, or the peer is gone
                 self._log_refusal(str(error))

@@ -23,6 +23,7 @@ import psutil
 
 from k2cli.guard.watchdog import NO_WORK, Work
 from k2cli.settings import RUN_OPTION
+from k2cli.system.processes import command_of, name_of
 
 # The least of each that counts as work, for every second of an interval. Ranks that hung, or polled
 # MLX's ring for one that did, showed up to 3 page faults a second and no other change. Few page
@@ -37,7 +38,8 @@ _COMPILER_CORES = 0.05
 _OWN_CORES = 0.2
 """Share of one core's time that the rank uses itself."""
 
-_METAL_COMPILER = "MTLCompilerService"
+# MTLCompilerService, of which the system keeps 16 characters.
+_COMPILER = "MTLCompilerServi"
 # ``struct rusage_info_v2`` of <sys/resource.h>: a UUID, then 18 numbers.
 _RUSAGE_V2 = struct.Struct("=16s18Q")
 
@@ -145,23 +147,13 @@ def read_counters(process: psutil.Process) -> Counters | None:
 def _compilers(process: psutil.Process) -> list[psutil.Process]:
     found = [child for child in process.children(recursive=True) if not _is_ours(child)]
     if sys.platform == "darwin":
-        found += [each for each in psutil.process_iter() if _name_of(each) == _METAL_COMPILER]
+        found += [each for each in psutil.process_iter() if name_of(each).startswith(_COMPILER)]
     return found
 
 
 def _is_ours(process: psutil.Process) -> bool:
     """True for a process of the run, as the mask process is, which computes while a rank waits."""
-    try:
-        return RUN_OPTION in process.cmdline()
-    except (psutil.Error, OSError):
-        return False
-
-
-def _name_of(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except (psutil.Error, OSError):
-        return ""
+    return RUN_OPTION in command_of(process)
 
 
 def _seconds_of(process: psutil.Process) -> float:

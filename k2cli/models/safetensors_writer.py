@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from k2cli.files import write_at
 from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors_header import DTYPE_BITS
 
@@ -123,11 +124,7 @@ class ShardWriter:
             raise ValueError(
                 f"'{name}' has {place.nbytes} bytes, {len(view)} at {at} reach beyond it"
             )
-        position = place.offset + at
-        while view:
-            written = os.pwrite(self._files[place.shard], view, position)
-            view = view[written:]
-            position += written
+        write_at(self._files[place.shard], view, place.offset + at)
 
     def _reserve(self, number: int, shard: Sequence[TensorSpec]) -> None:
         file = self._files[number]

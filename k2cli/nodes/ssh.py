@@ -169,7 +169,14 @@ class SshNode:
 
 @functools.cache
 def _resolved(node: str, host: str) -> str:
+    """Return an address of a host that also means something on other nodes, IPv4 first.
+
+    For a name of Bonjour (``NAME.local``), macOS may give the link-local IPv6 address first
+    (mobile-shell/mosh#765). It needs an interface, which has another name on each machine.
+    """
     try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ClusterError(f"node {node}: unknown host {host} ({error})") from error
+    addresses = [str(address[0]) for *_, address in found]
+    return min(addresses, key=lambda each: (":" in each, each.lower().startswith("fe80:")))

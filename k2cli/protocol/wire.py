@@ -8,6 +8,7 @@ protocol over asyncio's streams: ``protocol.wire_streams``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -96,7 +97,9 @@ class Channel(Generic[T]):
         self._socket = connection
         self._frames: Frames[T] = Frames(receives)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # macOS refuses it if the peer has closed the connection; the next use will tell.
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
         """Return the descriptor of the socket, for selectors."""

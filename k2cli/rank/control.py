@@ -72,7 +72,7 @@ class Followers:
                 listener.settimeout(_POLL_SECONDS)
                 try:
                     connection, _ = listener.accept()
-                except TimeoutError:
+                except (TimeoutError, ConnectionAbortedError):  # or a stranger is gone again
                     continue
                 # In a thread of its own, so that a stranger that says nothing delays nobody.
                 while not (room := self._room.acquire(timeout=limit.next_wait())):

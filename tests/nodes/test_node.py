@@ -18,7 +18,7 @@ from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.node import addresses
-from k2cli.nodes.ssh import SshNode
+from k2cli.nodes.ssh import SshNode, _resolved
 from k2cli.nodes.ssh_connection import close_connections
 
 FAKE_SSH = """#!/bin/sh
@@ -85,3 +85,24 @@ async def test_a_node_over_ssh_answers_as_this_machine_does() -> None:
     process = await node.start(["printf", "%s", "a b'c"], {"K2_X": "1"})
     output, _ = await asyncio.wait_for(process.communicate(), 20)
     assert output.strip() == b"a b'c"
+
+
+def _found(*addresses: str) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+    kinds = {True: socket.AF_INET6, False: socket.AF_INET}
+    return [(kinds[":" in each], socket.SOCK_STREAM, 6, "", (each, 0)) for each in addresses]
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        (("fe80::10d8:5a1f:b3c2:77e1", "192.168.1.20"), "192.168.1.20"),
+        (("fe80::10d8:5a1f:b3c2:77e1", "2001:db8::5"), "2001:db8::5"),
+        (("10.0.0.5", "10.0.0.6"), "10.0.0.5"),
+    ],
+)
+def test_the_address_of_a_name_of_bonjour_means_something_elsewhere(
+    found: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS may give the link-local address first (mobile-shell/mosh#765)."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: _found(*found))
+    assert _resolved("studio-2", f"{chosen}.local") == chosen

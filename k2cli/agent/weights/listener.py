@@ -62,6 +62,8 @@ class Listener:
         while True:
             try:
                 connection, _ = self._socket.accept()
+            except ConnectionAbortedError:  # a stranger that is gone again, or the port is closed
+                continue
             except OSError:
                 return
             if not self._strangers.acquire(blocking=False):

@@ -37,6 +37,7 @@ from k2cli.models.inventory.verified import note_states, read_states
 from k2cli.models.inventory.verify import verify_folder
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.snapshot_record import SnapshotRecord, recorded_snapshot
+from tests.support.as_macos import first_accepts
 
 SEGMENT = 1024
 
@@ -257,6 +258,20 @@ def test_strangers_are_turned_away_and_the_port_closes(tmp_path: Path) -> None:
     assert arrived.wait(10)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", listener.port), 2).close()
+
+
+def test_a_stranger_that_is_gone_again_does_not_close_the_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first_accepts(monkeypatch, ConnectionAbortedError(), None)
+    arrived = threading.Event()
+    token = "a" * 64
+    listener = Listener(["127.0.0.1"], token, 1, lambda stream: (stream.close(), arrived.set()))
+    for _ in range(2):
+        socket.create_connection(("127.0.0.1", listener.port)).close()
+    order = SendOrder("", "127.0.0.1", listener.port, listener.fingerprint, token, 1)
+    connect(order).close()
+    assert arrived.wait(10)
 
 
 def test_a_stranger_that_sends_byte_by_byte_is_turned_away(
