@@ -13,7 +13,7 @@ _END_SECONDS = 5.0
 
 
 class Awake:
-    """Keeper of a Mac that would sleep while it is idle; other systems decide as they are set up to.
+    """Keeper of a Mac that would sleep while idle; other systems decide as they are set up to.
 
     It ends with this process, however that ends.
     """
