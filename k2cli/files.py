@@ -181,6 +181,19 @@ def is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+def is_same_path(one: str | Path, other: str | Path) -> bool:
+    """True if two paths lead to the same file or folder, or would if there were any.
+
+    Most volumes of a Mac take ``/Models`` for ``/models``, and ``realpath`` keeps what was typed.
+    """
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) -> bytes:
     """Read a regular file of at most ``limit_bytes``.
 

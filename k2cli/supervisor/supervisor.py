@@ -27,6 +27,7 @@ from k2cli.launch.restart_policy import Attempts
 from k2cli.launch.specification import RunSpecification, read_specification, renew_bootstraps
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import release_locks, renew_locks
+from k2cli.nodes.node import LOCALHOST
 from k2cli.protocol import (
     Bootstrap,
     Heartbeat,
@@ -49,6 +50,7 @@ from k2cli.supervisor.lease_watch import LeaseWatch
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
 from k2cli.supervisor.signals import obey_signals
+from k2cli.system.awake import kept_awake
 
 # The time that the leader's guard has to end its attempt: SIGTERM and SIGKILL of all ranks.
 _GUARD_ENDS_SECONDS = 10.0
@@ -373,9 +375,14 @@ async def _supervise(
     record = read_record(folder)
     if record is None:
         raise ClusterError(f"{folder} contains no run")
-    supervisor = Supervisor(read_specification(folder), record, listener)
+    specification = read_specification(folder)
+    supervisor = Supervisor(specification, record, listener)
     obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
-    return await supervisor.run()
+    with contextlib.ExitStack() as kept:
+        # Guards on other nodes end a run whose supervisor sleeps; here they do what is needed.
+        if any(name != LOCALHOST for name in specification.nodes):
+            kept.enter_context(kept_awake())
+        return await supervisor.run()
 
 
 def supervise(

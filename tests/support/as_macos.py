@@ -82,3 +82,12 @@ def make_program(folder: Path, name: str, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+def ignore_case(patch: pytest.MonkeyPatch) -> None:
+    """Let the file system take two paths that differ in case for the same."""
+
+    def samefile(one: Any, other: Any) -> bool:
+        return os.path.realpath(one).casefold() == os.path.realpath(other).casefold()
+
+    patch.setattr(os.path, "samefile", samefile)

@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from k2cli.guard.base import _AWAKE_SECONDS, Guard
+from k2cli.launch.specification import RunSpecification
 from k2cli.protocol.progress_page import Phase
+from k2cli.supervisor import supervisor
 from k2cli.system import awake
 from k2cli.system.awake import Awake, kept_awake
 from tests.support.as_macos import make_program, on_macos
@@ -55,6 +57,37 @@ def test_a_system_without_the_program_does_without(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(awake, "_CAFFEINATE", f"{os.devnull}/caffeinate")
     with on_macos(), kept_awake():
         pass
+
+
+@pytest.mark.parametrize(
+    ("nodes", "awake"), [(["localhost", "b"], True), (["b"], True), (["localhost"] * 2, False)]
+)
+async def test_a_mac_that_launched_a_run_on_others_stays_awake(
+    nodes: list[str], *, awake: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards end a run whose supervisor is silent."""
+    wanted = [False]
+    during: list[bool] = []
+
+    class Run:
+        stop = force = stopping = None
+
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        async def run(self) -> None:
+            during.append(wanted[-1])
+
+    monkeypatch.setattr(Awake, "keep", lambda self, *, wanted: seen.append(wanted))
+    seen = wanted
+    monkeypatch.setattr(supervisor, "Supervisor", Run)
+    monkeypatch.setattr(supervisor, "read_record", lambda folder: folder)
+    monkeypatch.setattr(supervisor, "obey_signals", lambda *arguments: None)
+    assignment = make_assignment(size=len(nodes), nodes=nodes)
+    specification = RunSpecification([make_bootstrap(assignment)], "x")
+    monkeypatch.setattr(supervisor, "read_specification", lambda folder: specification)
+    await supervisor._supervise(Path(), lambda event: None, None)
+    assert (during, wanted[-1]) == ([awake], False)
 
 
 class _Guard(Guard):
