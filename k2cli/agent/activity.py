@@ -12,6 +12,7 @@ import psutil
 
 from k2cli.agent.freshness import boot_id
 from k2cli.agent.run_processes import run_of
+from k2cli.system.memory_use import memory_of
 from k2cli.system.processes import command_of
 
 
@@ -36,7 +37,7 @@ def activity() -> Activity:
         run_id = run_of(command_of(process))
         try:
             if run_id is not None and process.status() != psutil.STATUS_ZOMBIE:
-                found[run_id].append(int(process.memory_info().rss))
+                found[run_id].append(memory_of(process))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # it has ended, or is another user's
     runs = (RunActivity(run, len(sizes), sum(sizes)) for run, sizes in sorted(found.items()))

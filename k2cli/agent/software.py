@@ -24,6 +24,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.planning.hardware.gpus import Gpu
 from k2cli.rdma_launches import launches_since_boot
 from k2cli.settings import expand_home, models_directory, runs_directory
+from k2cli.system.memory_use import memory_of
 from k2cli.system.processes import command_of, name_of
 
 _BIGGEST = 5
@@ -224,7 +225,7 @@ def _processes() -> tuple[ProcessUse, ...]:
     for process in psutil.process_iter():
         try:
             # A zombie has no memory and no command line, so it is sorted to the end.
-            resident = int(process.memory_info().rss)
+            resident = memory_of(process)
             found.append((resident, process, name_of(process)))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

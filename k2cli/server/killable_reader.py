@@ -29,6 +29,7 @@ from k2cli.server.reader_messages import (
     ReaderSettings,
     Trying,
 )
+from k2cli.system.memory_use import memory_of
 from k2cli.units import format_bytes
 
 LOAD_SECONDS = 60.0
@@ -176,7 +177,7 @@ class KillableReader:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             with contextlib.suppress(psutil.Error, OSError):  # no file is left to look with
-                if psutil.Process(self._process.pid).memory_info().rss > self.memory_bytes:
+                if memory_of(psutil.Process(self._process.pid)) > self.memory_bytes:
                     return
 
     async def load(self) -> None:
