@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Exit statuses of a shell and env if a program does not exist or cannot be run.
 _NOT_RUN = (126, 127)
+_FULL_DISK_ACCESS = (
+    "a Mac keeps what ssh starts from external disks, Documents, Desktop and Downloads until this "
+    "is on: System Settings, General, Sharing, Remote Login, Allow full disk access"
+)
 
 
 class SshNode:
@@ -134,7 +138,8 @@ class SshNode:
         if "No space left on device" in reason:
             return ClusterError(f"the disk of node {self.name} is full", f"ssh {self.name} df -h")
         last = reason.splitlines()[-1] if reason else f"status {done.status}"
-        return ClusterError(f"'{verb}' failed on node {self.name}: {last}", prepare)
+        hint = _FULL_DISK_ACCESS if "Operation not permitted" in last else prepare
+        return ClusterError(f"'{verb}' failed on node {self.name}: {last}", hint)
 
     def facts(self) -> NodeFacts:
         return self.ask(NodeFacts, "facts")

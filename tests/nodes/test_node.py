@@ -17,7 +17,7 @@ from k2cli.agent.facts import NodeFacts
 from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.nodes.local import LocalNode
-from k2cli.nodes.node import addresses
+from k2cli.nodes.node import Completed, addresses
 from k2cli.nodes.ssh import SshNode, _resolved
 from k2cli.nodes.ssh_connection import close_connections
 
@@ -106,3 +106,12 @@ def test_the_address_of_a_name_of_bonjour_means_something_elsewhere(
     """macOS may give the link-local address first (mobile-shell/mosh#765)."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: _found(*found))
     assert _resolved("studio-2", f"{chosen}.local") == chosen
+
+
+def test_a_mac_that_keeps_ssh_from_a_folder_has_a_setting_for_it() -> None:
+    said = b"[Errno 1] Operation not permitted: '/Volumes/Models/K2/config.json'\n"
+    error = SshNode("studio-2")._agent_error("weights", Completed(1, b"", said))
+    assert "Volumes/Models" in error.message
+    assert "full disk access" in (error.hint or "")
+    other = SshNode("studio-2")._agent_error("weights", Completed(1, b"", b"ValueError: x"))
+    assert other.hint == "k2 cluster prepare --nodes studio-2"
