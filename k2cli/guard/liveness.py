@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -283,6 +284,7 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
     """
     host, port = bootstrap.liveness_host, bootstrap.liveness_port
     limit = bootstrap.deadlines.initialisation
+    why = ""
     try:
         async with asyncio.timeout(limit):
             while True:
@@ -290,11 +292,13 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
                     return await _try_leader(host, port, bootstrap.secret)
                 except WrongSecret:
                     raise
-                except (OSError, ConnectionLost):  # it does not listen yet, or has no room
+                except (OSError, ConnectionLost) as error:  # it does not listen yet, or has no room
+                    number = getattr(error, "errno", None)
+                    why = f" ({os.strerror(number) if number else error})"
                     await asyncio.sleep(_RETRY_SECONDS)
     except TimeoutError:
         raise ConnectionLost(
-            f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s"
+            f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s{why}"
         ) from None
 
 
