@@ -20,6 +20,7 @@ import typer
 
 from k2cli import __version__
 from k2cli.errors import EXIT_INTERRUPTED, InternalError, K2Error, UsageError
+from k2cli.system.file_limit import raise_file_limit
 
 _PARSER_ERROR: type[Any] = typer.BadParameter.__mro__[1]
 """The parser's ``UsageError``, which typer does not export."""
@@ -293,6 +294,7 @@ def _whole_hint(hint: str | None, words: Sequence[str]) -> str | None:
 def main() -> None:
     """Run the command line and exit."""
     _open_closed_streams()
+    raise_file_limit()
     try:
         sys.exit(run_command_line())
     except K2Error as error:

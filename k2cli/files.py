@@ -23,8 +23,13 @@ APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 MAX_NAME_BYTES = 255
-_MOST_NOTE_BYTES = 50_000_000
 """Longest name of a file or folder that file systems allow, without its folders."""
+
+MOST_WRITTEN_BYTES = 2**30
+"""Most bytes of one ``pwrite``: macOS refuses 2**31 with EINVAL (tursodatabase/turso#6677), and
+Python does not divide them. The experts of one layer of K2 are 2.8 GB."""
+
+_MOST_NOTE_BYTES = 50_000_000
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a disk, or of a user's share of it, that has no room left."""
@@ -194,6 +199,19 @@ def is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+def is_same_path(one: str | Path, other: str | Path) -> bool:
+    """True if two paths lead to the same file or folder, or would if there were any.
+
+    Most volumes of a Mac take ``/Models`` for ``/models``, and ``realpath`` keeps what was typed.
+    """
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def read_regular(path: Path, limit_bytes: int, *, follow_links: bool = False) -> bytes:
     """Read a regular file of at most ``limit_bytes``.
 
@@ -281,6 +299,18 @@ def write_atomically(path: Path, data: bytes | str, mode: int | None = None) -> 
     except OSError as error:
         # Writing does not name the file, and nobody knows the temporary one.
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes of ``data``, however many, at a place of an open file.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view[:MOST_WRITTEN_BYTES], offset)
+        view, offset = view[written:], offset + written
 
 
 def nameless_file(content: bytes) -> int:

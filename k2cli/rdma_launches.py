@@ -21,6 +21,10 @@ from k2cli.settings import state_directory
 SAFE_LAUNCHES = 2
 """Launches since the machine was started that worked for everybody who reported a number."""
 
+PREFERRED_SETTINGS = ("JACCL_RANK", "JACCL_COORDINATOR", "JACCL_IBV_DEVICES")
+"""Variables of JACCL's own library, which it prefers to those of MLX that k2 sets: a user may have
+set them for another program (mlx/distributed/jaccl/lib/jaccl/jaccl.cpp, ``from_env``)."""
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SYSCTL = ("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
 _SYSCTL_SECONDS = 5.0

@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "k2cli"
 LEAVES = {
     "errors", "units", "settings", "files", "choices", "gpu_name", "mlx_lm_package", "proxies",
     "bounded_cache", "child_process", "scratch", "pauses", "event_loop", "stderr", "pip_command",
-    "fair_queue", "prefix_folder", "rdma_launches",
+    "fair_queue", "prefix_folder", "rdma_launches", "system",
     "__init__",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {

@@ -12,6 +12,7 @@ import re
 import shlex
 import ssl
 import stat
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _CERTIFICATE = re.compile(
     rb"-----BEGIN CERTIFICATE-----\s.+?\s-----END CERTIFICATE-----", re.DOTALL
 )
 _MAX_NAMES = 20
+_STAFF = 20  # the group of all users of a Mac
 WARN_DAYS = 14
 
 
@@ -96,6 +98,8 @@ def read_certificate(path: str) -> str:
 def _check_key_access(path: Path) -> None:
     """Check who can read the private key. Its group may, as in Debian's ``/etc/ssl/private``.
 
+    On a Mac files are of the group ``staff`` by default, to which all local users belong.
+
     Raises:
         K2Error: if everybody can read it, or somebody else can replace its content.
     """
@@ -111,7 +115,8 @@ def _check_key_access(path: Path) -> None:
         raise K2Error(
             f"the TLS key '{path}' belongs to another user", f"sudo chown {os.geteuid()} {quoted}"
         )
-    if found.st_mode & 0o027:
+    everybody = sys.platform == "darwin" and found.st_gid == _STAFF
+    if found.st_mode & (0o077 if everybody else 0o027):
         raise K2Error(
             f"others can use the TLS key '{path}': its mode is {stat.S_IMODE(found.st_mode):04o}",
             f"chmod 600 {quoted}",

@@ -12,6 +12,8 @@ import psutil
 
 from k2cli.agent.freshness import boot_id
 from k2cli.agent.run_processes import run_of
+from k2cli.system.memory_use import memory_of
+from k2cli.system.processes import command_of
 
 
 class RunActivity(msgspec.Struct, frozen=True):
@@ -32,10 +34,10 @@ def activity() -> Activity:
     """Find the processes of runs on this machine."""
     found: dict[str, list[int]] = defaultdict(list)
     for process in psutil.process_iter():
+        run_id = run_of(command_of(process))
         try:
-            run_id = run_of(process.cmdline())
             if run_id is not None and process.status() != psutil.STATUS_ZOMBIE:
-                found[run_id].append(int(process.memory_info().rss))
+                found[run_id].append(memory_of(process))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # it has ended, or is another user's
     runs = (RunActivity(run, len(sizes), sum(sizes)) for run, sizes in sorted(found.items()))

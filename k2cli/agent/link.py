@@ -22,7 +22,7 @@ import msgspec
 
 from k2cli.choices import LinkTransport
 from k2cli.files import decode_json
-from k2cli.rdma_launches import count_launch
+from k2cli.rdma_launches import PREFERRED_SETTINGS, count_launch
 from k2cli.stderr import say_on_stderr
 
 WARM_UP = 5
@@ -76,6 +76,8 @@ def _join(specification: Specification, folder: str) -> Any:
         _configure(MLX_RANK=str(specification.rank), MLX_HOSTFILE=_file(folder, "hosts", hosts))
     elif specification.transport == "jaccl":
         devices = _file(folder, "devices", specification.rdma_devices)
+        for name in PREFERRED_SETTINGS:
+            os.environ.pop(name, None)
         _configure(
             MLX_RANK=str(specification.rank),
             MLX_JACCL_COORDINATOR=specification.addresses[0],

@@ -197,8 +197,12 @@ def _read(path: Path, count: Callable[[str], int]) -> Lock | None:
             age = _age_by_wall_clock(path.lstat().st_mtime)
     except OSError:
         return None
-    here = claim.host == socket.gethostname()
-    alive = here and is_alive(claim.pid, claim.pid_create_time, claim.pid_start)
+    # A Mac's host name may have changed since. No process of another machine has such a start.
+    known = claim.host == socket.gethostname()
+    alive = (known or claim.pid_start != "") and is_alive(
+        claim.pid, claim.pid_create_time, claim.pid_start
+    )
+    here = known or alive
     return Lock(claim, lock_state(age, alive, count(claim.run_id), here=here))
 
 

@@ -7,8 +7,13 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import psutil
+
+from k2cli.system.processes import command_of
 
 # Below the ports of outgoing connections on Linux and macOS, which could take one meanwhile.
 _PORTS = range(20_000, 32_000)
@@ -65,19 +70,32 @@ def _is_answered(port: int) -> bool:
 
 
 def _listener(port: int) -> str | None:
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if (
-                connection.status == psutil.CONN_LISTEN
-                and connection.laddr
-                and connection.laddr.port == port
-                and connection.pid
-            ):
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                return f"process {connection.pid} ({command[:80]})"
-    except psutil.Error:
-        return None  # the process is another user's
+    """Describe the process that listens on a port; None if it is another user's."""
+    for process, connection in _connections():
+        if (
+            connection.status == psutil.CONN_LISTEN
+            and connection.laddr
+            and connection.laddr.port == port
+        ):
+            command = " ".join(command_of(process))
+            return f"process {process.pid} ({command[:80]})"
     return None
+
+
+def _connections() -> Iterator[tuple[psutil.Process, Any]]:
+    """Yield the TCP connections of processes that this user may look at."""
+    if sys.platform == "linux":
+        # This reads the system's table once. On macOS it needs root, and is refused as a whole.
+        with suppress(psutil.Error):
+            for each in psutil.net_connections("tcp"):
+                with suppress(psutil.Error):
+                    if each.pid:
+                        yield psutil.Process(each.pid), each
+        return
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            for connection in process.net_connections("tcp"):
+                yield process, connection
 
 
 def choose_port(host: str, first: int) -> int:

@@ -21,6 +21,7 @@ import msgspec
 CONNECT_SECONDS = 3.0
 _AT_ONCE = 16
 _BACKLOG = 64
+_ACCEPT_SECONDS = 1.0
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -95,6 +96,8 @@ def _listener(family: socket.AddressFamily, host: str) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     listener.bind((host, 0))
     listener.listen(_BACKLOG)
+    # On macOS a connection may vanish between ``select`` and ``accept``, which would then wait.
+    listener.settimeout(_ACCEPT_SECONDS)
     return listener
 
 
@@ -105,9 +108,10 @@ def _serve(sockets: list[socket.socket], word: bytes, until: float) -> None:
         if 0 in ready and not os.read(0, 1):
             return
         for number in set(ready) - {0}:
-            connection, _ = by_number[number].accept()
-            with connection:
-                connection.sendall(word)
+            with contextlib.suppress(OSError):  # a stranger that is gone again
+                connection, _ = by_number[number].accept()
+                with connection:
+                    connection.sendall(word)
 
 
 if __name__ == "__main__":

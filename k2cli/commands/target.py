@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.errors import ClusterError, K2Error, UsageError
-from k2cli.files import read_regular
+from k2cli.files import is_same_path, read_regular
 
 if TYPE_CHECKING:
     from k2cli.runs.record import RunRecord
@@ -111,7 +111,7 @@ def run_serving(model: str | None) -> RunRecord:
 
 
 def _same_folder(one: str, other: str) -> bool:
-    return os.path.exists(one) and Path(one).resolve() == Path(other).resolve()
+    return os.path.exists(one) and is_same_path(one, other)
 
 
 def key_of(run: RunRecord) -> str | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 
+from k2cli.agent.software import Software
 from k2cli.cluster.facts.machine import MachineFacts, ThunderboltPort, thunderbolt_links
 from k2cli.cluster.facts.probes import FIREWALL_PROGRAM
 from k2cli.cluster.measure import LinkMeasurement, Reach
 from k2cli.doctor.checks_software import version_key
 from k2cli.doctor.results import CheckResult, Situation, Status, on_node
+from k2cli.nodes.node import LOCALHOST
 from k2cli.planning.hardware.chips import chip_of_device
 from k2cli.rdma_launches import SAFE_LAUNCHES, launches_text
 
@@ -87,12 +90,23 @@ def firewall(situation: Situation) -> Iterable[CheckResult]:
             detail = "blocks all incoming connections"
             yield CheckResult("fail", "firewall", node.node, detail, command)
         elif state == "on":
-            python = node.software.python if node.software else "the node's python"
-            command = on_node(
-                node.node, f"sudo {FIREWALL_PROGRAM} --add {python} --unblockapp {python}"
-            )
+            command = _admitting(node.node, node.software)
             detail = "on: it refuses unsigned programs, so it may refuse the ranks' connections"
             yield CheckResult("warn", "firewall", node.node, detail, command)
+
+
+def _admitting(node: str, software: Software | None) -> str:
+    """Return the commands that let a node's Python in.
+
+    The firewall judges the file that runs, and an environment has a link to it. Each option is a
+    command of its own, as in nodejs/node's tools/macos-firewall.sh.
+    """
+    program = "PROGRAM"
+    if software is not None:
+        program = shlex.quote(software.program or software.python)
+    options = (f"--add {program}", f"--unblockapp {program}")
+    both = " && ".join(f"sudo {FIREWALL_PROGRAM} {option}" for option in options)
+    return both if node == LOCALHOST else f"ssh -t {node} {shlex.quote(both)}"
 
 
 # --- links --------------------------------------------------------------------------------------

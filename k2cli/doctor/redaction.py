@@ -34,7 +34,7 @@ _PLAIN_PART = re.compile(
     r"[Pp]ython[\d.]*(?:\.framework)?|mpirun|libmpi[\w.]*|\w+-linux-gnu|open-?mpi|"
     r"model[\w-]*\.safetensors|site-packages|(?:user|volume|folder)-\d+"
 )
-_PATH_FIELDS = frozenset({"path", "python", "mpirun", "libmpi", "mount_point"})
+_PATH_FIELDS = frozenset({"path", "python", "program", "mpirun", "libmpi", "mount_point"})
 
 _PLAIN_PROCESS = re.compile(
     r"(python[\d.]*|Python|mpirun|orted|prted|k2|ollama|LM Studio|kernel_task|WindowServer|sshd)"

@@ -38,6 +38,7 @@ from k2cli.grammars.mask_messages import (
 from k2cli.grammars.matchers import Compiler, Matcher
 from k2cli.protocol.wire import Channel, ConnectionLost
 from k2cli.settings import RUN_OPTION
+from k2cli.system.memory_use import memory_of
 
 _SWITCH_SECONDS = 0.0005
 _STACK_BYTES = 64 * 2**20
@@ -143,7 +144,7 @@ class MaskProcess:
 
         Linux enforces the limit, and macOS does not.
         """
-        taken = psutil.Process().memory_info().rss
+        taken = memory_of(psutil.Process())
         if taken > _FORGET_ABOVE * self._setup.memory_bytes and self._compiler is not None:
             self._compiler.forget()
         if sys.platform == "darwin" and taken > self._setup.memory_bytes:

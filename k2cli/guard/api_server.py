@@ -21,10 +21,10 @@ from k2cli.access.key_ring import KeyRing
 from k2cli.access.tls_files import ServerTls, expiry_date
 from k2cli.errors import ClusterError, K2Error
 from k2cli.guard.engine_bridge import EngineBridge
-from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import Bootstrap, HttpEndpoint, LogLine, TlsCertificate
 from k2cli.server.metrics.run_watch import RunWatch
 from k2cli.settings import RUN_OPTION
+from k2cli.system.file_limit import raise_file_limit
 
 if TYPE_CHECKING:
     from k2cli.server.killable_reader import KillableReader

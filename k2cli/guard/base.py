@@ -36,6 +36,7 @@ from k2cli.protocol.progress_page import Phase
 from k2cli.protocol.wire import ConnectionLost
 from k2cli.rdma_launches import SAFE_LAUNCHES, count_launch, launches_text
 from k2cli.scratch import remove_scratch
+from k2cli.system.awake import Awake
 
 # A symptom, such as a lost peer or the end of mpirun, is reported after this time, so that another
 # guard can report the cause first.
@@ -45,6 +46,8 @@ _WORKING: tuple[Phase, ...] = (
     "loading", "checking", "warming up", "busy", "computing a new shape"
 )  # fmt: skip
 _RELEASE_SECONDS = 5.0
+_AWAKE_SECONDS = 120.0
+"""Time after the last request in which a Mac that no other machine needs stays awake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Guard(ABC):
         self._clock = PauseAwareClock()
         self._worked_at: float | None = None
         self._others_worked_at: float | None = None
+        self._busy_at = self._clock.now()
+        self._awake = Awake()
         self._reported_steps = 0
         self._shape = ""
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
@@ -315,12 +320,30 @@ class Guard(ABC):
             self._log_line("rank", line)
 
     async def _watch(self, rank: RankProcess) -> None:
+        try:
+            await self._watch_progress(rank)
+        finally:
+            self._awake.keep(wanted=False)
+
+    def _stay_awake(self, phase: Phase, now: float) -> None:
+        """Keep this machine awake while the rank works, or other machines need it.
+
+        A run on several machines fails when one of them sleeps. A run on one machine goes on when
+        it wakes up, so it may sleep between requests.
+        """
+        if phase in _WORKING:
+            self._busy_at = now
+        others = len(set(self.assignment.nodes)) > 1
+        self._awake.keep(wanted=others or now - self._busy_at < _AWAKE_SECONDS)
+
+    async def _watch_progress(self, rank: RankProcess) -> None:
         clock = self._clock
         watch = StallWatch(self.deadlines, clock)
         probe = WorkProbe(rank.pid, self.deadlines.work_interval)
         while rank.exit_status is None and not self.ending:
             await asyncio.sleep(INTERVAL_SECONDS)
             now, progress, work = clock.now(), rank.page.read(), NO_WORK
+            self._stay_awake(progress.phase, now)
             if watch.still_seconds(now) < self.deadlines.work_interval:
                 probe.forget()
             else:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from k2cli.guard.file_limit import raise_file_limit
 from k2cli.protocol import (
     Bootstrap,
     ControlEndpoint,
@@ -33,6 +33,7 @@ from k2cli.protocol.wire_streams import (
     authenticate_stream,
     open_stream,
 )
+from k2cli.system.file_limit import raise_file_limit
 
 _RETRY_SECONDS = 0.2
 _BACKLOG = 128
@@ -198,6 +199,10 @@ class LivenessServer:
                 await self._drop_a_stranger()
             try:
                 connection, peer = await asyncio.get_running_loop().sock_accept(listener)
+                if peer is None:
+                    # macOS, on an IPv6 address: the peer has reset it by now (dotnet#121848).
+                    connection.close()
+                    continue
                 reader, writer = await accepted_stream(connection)
             except OSError as error:  # no file is left, or the peer is gone
                 self._log_refusal(str(error))
@@ -286,6 +291,7 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
     """
     host, port = bootstrap.liveness_host, bootstrap.liveness_port
     limit = bootstrap.deadlines.initialisation
+    why = ""
     try:
         async with asyncio.timeout(limit):
             while True:
@@ -293,11 +299,13 @@ async def connect_to_leader(bootstrap: Bootstrap) -> GuardConnection:
                     return await _try_leader(host, port, bootstrap.secret)
                 except WrongSecret:
                     raise
-                except (OSError, ConnectionLost):  # it does not listen yet, or has no room
+                except (OSError, ConnectionLost) as error:  # it does not listen yet, or has no room
+                    number = getattr(error, "errno", None)
+                    why = f" ({os.strerror(number) if number else error})"
                     await asyncio.sleep(_RETRY_SECONDS)
     except TimeoutError:
         raise ConnectionLost(
-            f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s"
+            f"the leader's guard at {host}:{port} did not answer within {limit:.0f} s{why}"
         ) from None
 
 

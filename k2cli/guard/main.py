@@ -21,7 +21,6 @@ import msgspec
 from k2cli import event_loop
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import decode_json, read_regular
-from k2cli.guard.file_limit import raise_file_limit
 from k2cli.guard.follower import FollowerGuard
 from k2cli.guard.leader_session import LeaderSession
 from k2cli.guard.spawn import DEFAULT_WORKER
@@ -29,6 +28,7 @@ from k2cli.guard.supervisor_pipe import SupervisorPipe
 from k2cli.protocol import Bootstrap
 from k2cli.settings import RUN_OPTION, runs_directory
 from k2cli.stderr import say_on_stderr
+from k2cli.system.file_limit import raise_file_limit
 
 _LIMIT_BYTES = 16 * 2**20
 

@@ -13,6 +13,7 @@ from k2cli.errors import ClusterError
 from k2cli.protocol.wire import ConnectionLost
 from k2cli.protocol.wire_streams import AsyncChannel
 from k2cli.scratch import make_scratch
+from k2cli.system.processes import command_of
 
 # Sent with the environment of a slot process: the id of its parent process.
 PARENT_NAME = "K2_MPI_SLOT_PARENT"
@@ -87,6 +88,6 @@ class MpiSlot:
         with contextlib.suppress(psutil.Error, ValueError):
             parent = psutil.Process(self._parent)
             for process in (parent, *parent.parents()):
-                if process.name() in _MPI_LAUNCHERS or self._run_id not in process.cmdline():
+                if process.name() in _MPI_LAUNCHERS or self._run_id not in command_of(process):
                     return
                 process.kill()

@@ -25,6 +25,7 @@ from k2cli.protocol.wire import frame
 from k2cli.scratch import find_scratch
 from k2cli.settings import RUN_OPTION
 from k2cli.stderr import say_on_stderr
+from k2cli.system.processes import command_of
 
 _RETRY_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
@@ -47,12 +48,11 @@ def job_environment() -> dict[str, str]:
 def _guard_is_here(run_id: str, rank: int) -> bool:
     """Return True if the guard of this rank runs on this machine."""
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            command = process.cmdline()
-            pairs = set(pairwise(command))
-            # Only the guard of a rank has the option --bootstrap.
-            if {(RUN_OPTION, run_id), ("--rank", str(rank))} <= pairs and "--bootstrap" in command:
-                return True
+        command = command_of(process)
+        pairs = set(pairwise(command))
+        # Only the guard of a rank has the option --bootstrap.
+        if {(RUN_OPTION, run_id), ("--rank", str(rank))} <= pairs and "--bootstrap" in command:
+            return True
     return False
 
 

@@ -28,6 +28,7 @@ from k2cli.protocol import (
 )
 from k2cli.protocol.progress_page import ProgressPage
 from k2cli.protocol.wire_streams import AsyncChannel, open_stream
+from k2cli.system.memory_use import memory_of
 
 KEPT_LINES = 20
 MAX_LINE_CHARACTERS = 4000
@@ -138,7 +139,7 @@ class RankProcess:
 
     def _note_memory(self, view: psutil.Process) -> None:
         memory = psutil.virtual_memory()
-        self.resident_bytes = view.memory_info().rss
+        self.resident_bytes = memory_of(view)
         self._memory_was_high = self.resident_bytes > _HIGH_MEMORY_SHARE * memory.total or (
             memory.available < _LOW_AVAILABLE_SHARE * memory.total
         )

@@ -21,11 +21,12 @@ from k2cli.gpu_name import GpuName
 from k2cli.guard.oom_evidence import OomEvidence
 from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
+from k2cli.rdma_launches import PREFERRED_SETTINGS
 from k2cli.settings import RUN_OPTION, cache_directory, runs_directory
 
 DEFAULT_WORKER = "k2cli.rank.main"
 # With this, NCCL's first rank would listen on an address that k2 has not chosen, and take any peer.
-_NOT_FOR_RANKS = ("NCCL_COMM_ID",)
+_NOT_FOR_RANKS = ("NCCL_COMM_ID", *PREFERRED_SETTINGS)
 # What a compiler needs for a few kernels and its temporary files.
 _KERNELS_BYTES = 16 * 2**20
 

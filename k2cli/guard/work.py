@@ -13,8 +13,6 @@ part of the process's wired memory; both are looked at.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import struct
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,8 @@ import psutil
 
 from k2cli.guard.watchdog import NO_WORK, Work
 from k2cli.settings import RUN_OPTION
+from k2cli.system.memory_use import use_on_macos
+from k2cli.system.processes import command_of, name_of
 
 # The least of each that counts as work, for every second of an interval. Ranks that hung, or polled
 # MLX's ring for one that did, showed up to 3 page faults a second and no other change. Few page
@@ -37,9 +37,8 @@ _COMPILER_CORES = 0.05
 _OWN_CORES = 0.2
 """Share of one core's time that the rank uses itself."""
 
-_METAL_COMPILER = "MTLCompilerService"
-# ``struct rusage_info_v2`` of <sys/resource.h>: a UUID, then 18 numbers.
-_RUSAGE_V2 = struct.Struct("=16s18Q")
+# MTLCompilerService, of which the system keeps 16 characters.
+_COMPILER = "MTLCompilerServi"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,23 +144,13 @@ def read_counters(process: psutil.Process) -> Counters | None:
 def _compilers(process: psutil.Process) -> list[psutil.Process]:
     found = [child for child in process.children(recursive=True) if not _is_ours(child)]
     if sys.platform == "darwin":
-        found += [each for each in psutil.process_iter() if _name_of(each) == _METAL_COMPILER]
+        found += [each for each in psutil.process_iter() if name_of(each).startswith(_COMPILER)]
     return found
 
 
 def _is_ours(process: psutil.Process) -> bool:
     """True for a process of the run, as the mask process is, which computes while a rank waits."""
-    try:
-        return RUN_OPTION in process.cmdline()
-    except (psutil.Error, OSError):
-        return False
-
-
-def _name_of(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except (psutil.Error, OSError):
-        return ""
+    return RUN_OPTION in command_of(process)
 
 
 def _seconds_of(process: psutil.Process) -> float:
@@ -192,16 +181,7 @@ def _darwin_faults(process: psutil.Process) -> tuple[int, int, int, int]:
     """Read the same on macOS, and wired memory and footprint, which grow as a GPU gets weights."""
     memory = process.memory_info()
     faults, pages = getattr(memory, "pfaults", 0), getattr(memory, "pageins", 0)
-    usage = ctypes.create_string_buffer(_RUSAGE_V2.size)
-    library = ctypes.CDLL("/usr/lib/libproc.dylib")
-    if library.proc_pid_rusage(process.pid, 2, usage) != 0:
+    use = use_on_macos(process.pid)
+    if use is None:
         return faults, pages, 0, memory.rss
-    file_bytes, held_bytes = parse_rusage(usage.raw)
-    return faults, pages, file_bytes, held_bytes
-
-
-def parse_rusage(data: bytes) -> tuple[int, int]:
-    """Return bytes read and written on disk, and bytes held, of a ``rusage_info_v2``."""
-    _, *numbers = _RUSAGE_V2.unpack(data)
-    wired, footprint = numbers[5], numbers[7]
-    return numbers[16] + numbers[17], wired + footprint
+    return faults, pages, use.disk_bytes, use.wired_bytes + use.footprint_bytes

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from k2cli.files import write_at
 from k2cli.models.layout import INDEX_NAME
 from k2cli.models.safetensors_header import DTYPE_BITS
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_SHARD_BYTES = 5_000_000_000
-MOST_WRITTEN_BYTES = 2**30
-"""Bytes of one write. macOS refuses more than 2 GiB (EINVAL), and Python's ``os.pwrite`` does not
-divide them (bpo-24658 was about ``os.write``); a layer's experts of Kimi K2 have 2.8 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +124,7 @@ class ShardWriter:
             raise ValueError(
                 f"'{name}' has {place.nbytes} bytes, {len(view)} at {at} reach beyond it"
             )
-        position = place.offset + at
-        while view:
-            part = view[:MOST_WRITTEN_BYTES]
-            written = os.pwrite(self._files[place.shard], part, position)
-            view = view[written:]
-            position += written
+        write_at(self._files[place.shard], view, place.offset + at)
 
     def _reserve(self, number: int, shard: Sequence[TensorSpec]) -> None:
         file = self._files[number]

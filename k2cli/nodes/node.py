@@ -26,6 +26,7 @@ from k2cli.agent.run_processes import RunProcess
 from k2cli.errors import ClusterError
 from k2cli.files import decode_json
 from k2cli.pauses import Deadline
+from k2cli.system.bonjour import bonjour_name
 
 if TYPE_CHECKING:
     import asyncio
@@ -240,9 +241,12 @@ def decode_answer(node: str, verb: str, answer: bytes, kind: Any) -> Any:
 
 def is_this_machine(name: str) -> bool:
     """True if a name that the user gave means the machine that k2 runs on."""
-    own = socket.gethostname().lower()
-    # A Mac's host name is Name.local; users write Name.
-    return name.lower() in _LOCAL_NAMES | {own, own.removesuffix(".local")}
+    own, given = socket.gethostname().lower(), name.lower()
+    # A Mac's host name is Name.local, unless the network has another; users write Name.
+    if given in _LOCAL_NAMES | {own, own.removesuffix(".local")}:
+        return True
+    bare = given.removesuffix(".local")
+    return bare != "" and bare == bonjour_name()
 
 
 def addresses(nodes: Sequence[Node]) -> list[str]:

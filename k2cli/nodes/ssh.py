@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Exit statuses of a shell and env if a program does not exist or cannot be run.
 _NOT_RUN = (126, 127)
+_FULL_DISK_ACCESS = (
+    "a Mac keeps what ssh starts from external disks, Documents, Desktop and Downloads until this "
+    "is on: System Settings, General, Sharing, Remote Login, Allow full disk access"
+)
 
 
 class SshNode:
@@ -134,7 +138,8 @@ class SshNode:
         if "No space left on device" in reason:
             return ClusterError(f"the disk of node {self.name} is full", f"ssh {self.name} df -h")
         last = reason.splitlines()[-1] if reason else f"status {done.status}"
-        return ClusterError(f"'{verb}' failed on node {self.name}: {last}", prepare)
+        hint = _FULL_DISK_ACCESS if "Operation not permitted" in last else prepare
+        return ClusterError(f"'{verb}' failed on node {self.name}: {last}", hint)
 
     def facts(self) -> NodeFacts:
         return self.ask(NodeFacts, "facts")
@@ -169,15 +174,15 @@ class SshNode:
 
 @functools.cache
 def _resolved(node: str, host: str) -> str:
-    """Return an address of a host, IPv4 if it has one.
+    """Return an address of a host that also means something on other nodes, IPv4 if it has one.
 
-    MLX's ring and JACCL open IPv4 sockets only, and take what is before the first colon as the host
-    (``parse_address`` and ``TCPSocket`` of mlx 0.32). For a name such as ``studio-2.local`` macOS
-    lists an IPv6 address first.
+    MLX's ring and JACCL open IPv4 sockets only (``TCPSocket`` and ``parse_address`` of mlx 0.32).
+    For a name of Bonjour (``NAME.local``), macOS may give the link-local IPv6 address first
+    (mobile-shell/mosh#765). It needs an interface, which has another name on each machine.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ClusterError(f"node {node}: unknown host {host} ({error})") from error
-    four = [each for each in found if each[0] == socket.AF_INET]
-    return str((four or found)[0][4][0])
+    addresses = [str(address[0]) for *_, address in found]
+    return min(addresses, key=lambda each: (":" in each, each.lower().startswith("fe80:")))

@@ -72,7 +72,7 @@ class Followers:
                 listener.settimeout(_POLL_SECONDS)
                 try:
                     connection, _ = listener.accept()
-                except TimeoutError:
+                except (TimeoutError, ConnectionAbortedError):  # or a stranger is gone again
                     continue
                 except OSError:  # a stranger is gone before it was accepted, or no file is left
                     time.sleep(_POLL_SECONDS)

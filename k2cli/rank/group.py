@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -85,6 +87,20 @@ _JACCL_HINTS = {
 #4530."""
 
 
+def _hint_of_macos(text: str) -> str | None:
+    """Return what to do about an error of MLX; None if that is not known.
+
+    MLX tells the number of a system's error alone. On a Mac this one is also what programs see that
+    may not use the local network (Apple's TN3179, canonical/multipass#3766).
+    """
+    if sys.platform == "darwin" and f"(error: {errno.EHOSTUNREACH})" in text:
+        return (
+            "no route to host: allow the program that k2 was started from in System Settings, "
+            "Privacy & Security, Local Network"
+        )
+    return None
+
+
 def join_group(assignment: Assignment) -> Any | None:
     """Join the MLX group of a run; None for a single rank, which needs none.
 
@@ -105,7 +121,7 @@ def join_group(assignment: Assignment) -> Any | None:
         hints = (hint for phrase, hint in _JACCL_HINTS.items() if phrase in str(error))
         raise ClusterError(
             f"the {assignment.transport} transport did not start on {node}: {error}",
-            next((hint.format(node=node) for hint in hints), None),
+            next((hint.format(node=node) for hint in hints), _hint_of_macos(str(error))),
         ) from error
     if (group.rank(), group.size()) != (assignment.rank, assignment.size):
         # MPI without its real library silently makes every rank a group of its own.

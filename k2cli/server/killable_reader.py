@@ -29,6 +29,7 @@ from k2cli.server.reader_messages import (
     ReaderSettings,
     Trying,
 )
+from k2cli.system.memory_use import memory_of
 from k2cli.units import format_bytes
 
 LOAD_SECONDS = 60.0
@@ -179,7 +180,7 @@ class KillableReader:
             if (process := self._process) is None:
                 continue  # it was closed, and is not too large
             with contextlib.suppress(psutil.Error, OSError):  # no file is left to look with
-                if psutil.Process(process.pid).memory_info().rss > self.memory_bytes:
+                if memory_of(psutil.Process(process.pid)) > self.memory_bytes:
                     return
 
     async def load(self) -> None:

@@ -28,6 +28,7 @@ from k2cli.launch.restart_policy import Attempts
 from k2cli.launch.specification import RunSpecification, read_specification, renew_bootstraps
 from k2cli.nodes.local import LocalNode
 from k2cli.nodes.locks import release_locks, renew_locks
+from k2cli.nodes.node import LOCALHOST
 from k2cli.protocol import (
     Bootstrap,
     Heartbeat,
@@ -52,6 +53,7 @@ from k2cli.supervisor.lease_watch import LeaseWatch
 from k2cli.supervisor.outcome import Outcome
 from k2cli.supervisor.processes import Processes
 from k2cli.supervisor.signals import obey_signals
+from k2cli.system.awake import kept_awake
 
 # The time that the leader's guard has to end its attempt: SIGTERM and SIGKILL of all ranks.
 _GUARD_ENDS_SECONDS = 10.0
@@ -382,10 +384,15 @@ async def _supervise(
             raise ClusterError(f"{folder} contains no run")
         if not record.live:  # ``k2 stop`` came first, or its launcher was found dead
             raise ClusterError(f"{record.run_id} is over: {record.state}")
-        supervisor = Supervisor(read_specification(folder), record, listener)
+        specification = read_specification(folder)
+        supervisor = Supervisor(specification, record, listener)
         supervisor.take_over()
     obey_signals(supervisor.stop, supervisor.force, lambda: supervisor.stopping, on_interrupt)
-    return await supervisor.run()
+    with contextlib.ExitStack() as kept:
+        # Guards on other nodes end a run whose supervisor sleeps; here they do what is needed.
+        if any(name != LOCALHOST for name in specification.nodes):
+            kept.enter_context(kept_awake())
+        return await supervisor.run()
 
 
 def supervise(

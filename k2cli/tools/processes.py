@@ -11,6 +11,8 @@ import os
 
 import psutil
 
+from k2cli.system.processes import variable_of
+
 MARK = "MCP_HOST_MARK"
 _ROUNDS = 10
 
@@ -42,8 +44,8 @@ def kill_marked(mark: str) -> None:
 
 def _has(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.uids().real == os.getuid() and process.environ().get(MARK) == mark
-    except (psutil.Error, OSError):
+        return process.uids().real == os.getuid() and variable_of(process, MARK) == mark
+    except psutil.Error:
         return False
 
 

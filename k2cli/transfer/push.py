@@ -14,8 +14,8 @@ from pathlib import Path
 from k2cli.agent.weights.messages import ModelFiles
 from k2cli.errors import ClusterError, K2Error, UsageError
 from k2cli.models.inventory.readers import reading
-from k2cli.models.sources.awake import kept_awake
 from k2cli.nodes.node import Node
+from k2cli.system.awake import kept_awake
 from k2cli.transfer.attempt import Attempt
 from k2cli.transfer.copy import copy_to, lacks_k2
 from k2cli.transfer.destination import NodeFailed

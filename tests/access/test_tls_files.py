@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from k2cli.access import tls_files
 from k2cli.access.tls_files import ServerTls, check_tls_files, covers, expiry_date
 from k2cli.errors import K2Error
+from tests.support.as_macos import on_macos
 from tests.support.certificates import issue
 
 
@@ -127,3 +129,16 @@ def test_the_chain_has_nothing_but_certificates(tmp_path: Path) -> None:
     tls = ServerTls(str(both), str(both))
     assert "PRIVATE" not in tls.chain
     assert tls.chain.count("BEGIN CERTIFICATE") == 1
+
+
+def test_a_key_for_the_group_of_all_users_of_a_mac_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = issue(tmp_path, "studio.local")
+    files.key.chmod(0o640)
+    monkeypatch.setattr(tls_files, "_STAFF", files.key.stat().st_gid)
+    with on_macos():
+        problem, hint = _problem(files.certificate, files.key)
+        assert "its mode is 0640" in problem
+        subprocess.run(hint, shell=True, check=True)
+        assert _problem(files.certificate, files.key) == ("", "")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 
+import psutil
 import pytest
 
 from k2cli.agent import ports
 from k2cli.errors import ClusterError
 from k2cli.nodes.local import LocalNode
+from tests.support.as_macos import on_macos
 
 
 def test_free_ports_are_different_and_below_those_of_outgoing_connections() -> None:
@@ -31,3 +33,16 @@ def test_a_taken_port_is_refused_with_its_holder() -> None:
     assert "no address of this machine" in holder
     with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):
         LocalNode().choose_port("192.0.2.1", 8080)
+
+
+def test_the_holder_of_a_port_is_found_where_the_table_of_the_system_needs_root(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(kind: str) -> None:
+        raise psutil.AccessDenied(0)
+
+    monkeypatch.setattr(psutil, "net_connections", refused)  # as on macOS
+    with socket.create_server(("127.0.0.1", 0)) as server, on_macos():
+        holder = ports.port_holder("127.0.0.1", server.getsockname()[1])
+    assert holder is not None
+    assert holder.startswith(f"process {os.getpid()} ")

@@ -126,6 +126,7 @@ def test_the_wheel_is_this_very_code_and_fits_its_record(tmp_path: Path) -> None
         if digest:
             raw = hashlib.sha256((tmp_path / path).read_bytes()).digest()
             assert digest == "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+    (tmp_path / "k2cli" / ".DS_Store").write_bytes(b"Finder")  # a Mac whose user looked at it
     files_there = self_report.package_files(tmp_path / "k2cli")
     assert self_report.files_digest(files_there) == own_digest()
     assert "planning/hardware/hardware.toml" in files_there

@@ -72,3 +72,22 @@ def test_variables_of_the_user_or_a_hostfile_do_not_undo_what_the_launch_has_dec
         "NCCL_HOST_IP": "127.0.0.1", "NCCL_SOCKET_IFNAME": "=lo", "NCCL_NVLS_ENABLE": "0",
     }  # fmt: skip
     assert expected.items() <= found.items()
+
+
+def test_jaccl_s_own_variables_of_the_user_do_not_replace_those_of_the_launch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("JACCL_RANK", "JACCL_COORDINATOR", "JACCL_IBV_DEVICES"):
+        monkeypatch.setenv(name, "of another program")
+    monkeypatch.setenv("JACCL_RING", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = "import json, os; print(json.dumps(dict(os.environ)))"
+    (tmp_path / "show.py").write_text(program)
+    devices = [[None, "rdma_en5"], ["rdma_en5", None]]
+    assignment = make_assignment(
+        size=2, transport="jaccl", jaccl_coordinator="10.0.0.1:5000", jaccl_devices=devices
+    )
+    shown = asyncio.run(_output_of_a_rank(make_bootstrap(assignment)))
+    seen = json.loads(shown)
+    assert (seen["MLX_RANK"], seen["MLX_JACCL_COORDINATOR"]) == ("0", "10.0.0.1:5000")
+    assert sorted(name for name in seen if name.startswith("JACCL_")) == ["JACCL_RING"]

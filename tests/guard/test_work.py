@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from k2cli.guard.watchdog import NO_WORK, Work
-from k2cli.guard.work import Counters, WorkProbe, parse_rusage, work_between
+from k2cli.guard.work import Counters, WorkProbe, work_between
+from k2cli.system.memory_use import MacUse, parse_use
 
 _PROGRAMS = {
     "waits": "time.sleep(60)",
@@ -75,7 +76,7 @@ def test_a_process_that_is_gone_shows_no_work() -> None:
 def test_weights_that_metal_wires_are_work() -> None:
     numbers = list(range(18))
     numbers[5], numbers[7], numbers[16], numbers[17] = 10, 20, 300, 400
-    assert parse_rusage(struct.pack("=16s18Q", bytes(16), *numbers)) == (700, 30)
+    assert parse_use(struct.pack("=16s18Q", bytes(16), *numbers)) == MacUse(10, 20, 700)
     before, after = Counters(held_bytes=0), Counters(held_bytes=2**30)
     assert work_between(before, after, 1.0).signs == ("its memory grew",)
     assert work_between(before, after, 1000.0) == NO_WORK

@@ -14,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 
+from k2cli.agent import freshness
 from k2cli.agent.activity import is_alive, start_of
 from k2cli.agent.locks import (
     FRESH_SECONDS,
@@ -63,6 +64,20 @@ def test_the_holder_of_a_lock_stays_its_holder(request: pytest.FixtureRequest) -
     claim = msgspec.json.decode(lock_path("demo-1").read_bytes(), type=Claim)
     assert (claim.pid, claim.pid_start) == (OWN, start_of(OWN))
     assert [lock.state for lock in list_locks(lambda run: 0)] == ["held"]
+
+
+def test_the_holder_of_a_lock_stays_its_holder_when_the_host_has_another_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Mac takes the name that the network has for its address (tailscale/tailscale#4003)."""
+    take_locks([LocalNode()], "demo-1", {})
+    monkeypatch.setattr(freshness, "age_seconds", lambda lock: 2 * FRESH_SECONDS)
+    monkeypatch.setattr(socket, "gethostname", lambda: "client-100-34-5-1")
+    assert [lock.state for lock in list_locks(lambda run: 0)] == ["held"]
+    claim = msgspec.json.decode(lock_path("demo-1").read_bytes(), type=Claim)
+    gone = msgspec.structs.replace(claim, pid_start=f"{claim.pid_start}0")
+    lock_path("demo-1").write_bytes(msgspec.json.encode(gone))
+    assert [lock.state for lock in list_locks(lambda run: 0)] == ["stale"]
 
 
 def test_another_process_with_the_same_id_is_not_the_supervisor() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
+import struct
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -13,6 +16,8 @@ import psutil
 import pytest
 
 from k2cli.agent.ports import free_ports
+from k2cli.agent.reach import Listening, Target, try_targets
+from k2cli.files import decode_json
 from k2cli.guard.liveness import GuardConnection, LivenessServer, connect_to_leader
 from k2cli.pauses import PauseAwareClock
 from k2cli.protocol import ControlEndpoint, GuardStarted
@@ -21,6 +26,7 @@ from k2cli.protocol.wire_streams import accepted_stream, authenticate_stream, op
 from k2cli.rank.control import Followers
 from k2cli.rank.control import connect_to_leader as connect_rank
 from tests.guard.test_guard_parts import _bootstrap, _until
+from tests.support.as_macos import first_accepts
 
 SECRET = "5e" * 32
 HELLO = GuardStarted(1, "b", 10, 11)
@@ -161,3 +167,56 @@ def test_silent_strangers_keep_no_follower_from_the_leader_rank() -> None:
     followers.close()
     for stranger in (*strangers, channel, followers._channels[1]):
         stranger.close()
+
+
+async def test_a_stranger_without_an_address_ends_no_listening(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """macOS gives none for a connection to an IPv6 address that was reset (dotnet#121848)."""
+    first_accepts(monkeypatch, None, ConnectionAbortedError())
+    async with _server([]) as (server, port):
+        for _ in range(2):
+            await asyncio.to_thread(_connect_and_reset, port)
+        guard = await connect_to_leader(_bootstrap(1, port=port))
+        guard.send(HELLO)
+        await _until(lambda: not server.missing)
+        guard.close()
+
+
+def _connect_and_reset(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_a_stranger_that_is_gone_again_keeps_no_follower_from_the_leader_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first_accepts(monkeypatch, ConnectionAbortedError(), None)
+    followers = Followers(lambda rank, cause: None)
+    listener = Followers.listen("127.0.0.1")
+    host, port = listener.getsockname()
+    accepting = threading.Thread(target=followers.accept, args=(listener, 1, SECRET, 30.0))
+    accepting.start()
+    for _ in range(2):
+        _connect_and_reset(port)
+    channel = connect_rank(ControlEndpoint(host, port), 1, SECRET, 30.0)
+    accepting.join(20)
+    assert not accepting.is_alive()
+    followers.close()
+    for each in (channel, followers._channels[1]):
+        each.close()
+
+
+def test_the_doctor_s_listener_outlives_strangers() -> None:
+    command = [sys.executable, "-P", "-m", "k2cli.agent.reach", "60"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        told = decode_json(process.stdout.readline(), Listening)
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(20):
+            _connect_and_reset(told.port)
+        process.send_signal(signal.SIGCONT)
+        [answer] = try_targets([Target("127.0.0.1", told.port, told.word)])
+        process.kill()
+    assert answer.error is None

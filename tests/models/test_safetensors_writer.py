@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from k2cli.models import safetensors_writer
+from k2cli import files
 from k2cli.models.safetensors_writer import ShardWriter, TensorSpec
 
 
@@ -23,7 +23,7 @@ def test_a_tensor_is_written_in_parts_that_macos_accepts(
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return write(descriptor, data, offset)
 
-    monkeypatch.setattr(safetensors_writer, "MOST_WRITTEN_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_WRITTEN_BYTES", 1000)
     monkeypatch.setattr(os, "pwrite", pwrite)
     expected = mx.arange(3000, dtype=mx.int32)
     with ShardWriter(tmp_path, [TensorSpec("a", "I32", (3000,))]) as writer:

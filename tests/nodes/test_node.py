@@ -20,8 +20,8 @@ from k2cli.cluster.node_lookup import node_named
 from k2cli.errors import ClusterError
 from k2cli.nodes import ssh_connection
 from k2cli.nodes.local import LocalNode
-from k2cli.nodes.node import addresses
-from k2cli.nodes.ssh import SshNode
+from k2cli.nodes.node import Completed, addresses
+from k2cli.nodes.ssh import SshNode, _resolved
 from k2cli.nodes.ssh_connection import close_connections
 
 FAKE_SSH = """#!/bin/sh
@@ -110,3 +110,33 @@ def test_a_node_is_reached_again_after_the_system_has_removed_the_folder_of_the_
         if not is_short:
             shutil.rmtree(second.parent)
         Path(session).mkdir(exist_ok=True)
+
+
+def _found(*addresses: str) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+    kinds = {True: socket.AF_INET6, False: socket.AF_INET}
+    return [(kinds[":" in each], socket.SOCK_STREAM, 6, "", (each, 0)) for each in addresses]
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        (("fe80::10d8:5a1f:b3c2:77e1", "192.168.1.20"), "192.168.1.20"),
+        (("fe80::10d8:5a1f:b3c2:77e1", "2001:db8::5"), "2001:db8::5"),
+        (("10.0.0.5", "10.0.0.6"), "10.0.0.5"),
+    ],
+)
+def test_the_address_of_a_name_of_bonjour_means_something_elsewhere(
+    found: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS may give the link-local address first (mobile-shell/mosh#765)."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: _found(*found))
+    assert _resolved("studio-2", f"{chosen}.local") == chosen
+
+
+def test_a_mac_that_keeps_ssh_from_a_folder_has_a_setting_for_it() -> None:
+    said = b"[Errno 1] Operation not permitted: '/Volumes/Models/K2/config.json'\n"
+    error = SshNode("studio-2")._agent_error("weights", Completed(1, b"", said))
+    assert "Volumes/Models" in error.message
+    assert "full disk access" in (error.hint or "")
+    other = SshNode("studio-2")._agent_error("weights", Completed(1, b"", b"ValueError: x"))
+    assert other.hint == "k2 cluster prepare --nodes studio-2"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
+from typing import Any
 
 import pytest
 
@@ -57,3 +60,19 @@ def test_a_channel_that_is_closed_or_left_is_lost_whatever_the_time_limit() -> N
     channel.close()
     with pytest.raises(ConnectionLost):
         channel.receive(0.5)
+
+
+class _ClosedByPeer(socket.socket):
+    """A socket of macOS whose peer is gone: it takes no options (capnproto#2365)."""
+
+    def setsockopt(self, *arguments: Any) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def test_a_peer_that_is_gone_is_a_lost_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, _ClosedByPeer() as ours:
+        ours.connect(server.getsockname())
+        server.accept()[0].close()
+        channel: Channel[FollowerMessage] = Channel(ours, FollowerMessage)
+        with pytest.raises(ConnectionLost):
+            channel.receive(10.0)

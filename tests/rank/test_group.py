@@ -1,7 +1,8 @@
-"""Memory limits of a rank on Metal, whose own limit may be another one than when it was planned."""
+"""Memory limits of a rank on Metal, and joining an MLX group that does not come about."""
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,8 @@ import pytest
 from k2cli.errors import ClusterError
 from k2cli.protocol import Assignment
 from k2cli.rank.group import join_group, set_memory_limits, wire_weights
+from tests.support.as_macos import on_macos
+from tests.support.bootstraps import make_assignment
 
 _GB = 10**9
 
@@ -102,3 +105,18 @@ def test_a_transport_that_does_not_start_is_an_error_of_the_cluster(
     with pytest.raises(ClusterError, match="did not start on b: ") as caught:
         join_group(_assignment(limit=1, needed=1))
     assert str(caught.value.hint).startswith(hint) or hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.EHOSTUNREACH, True), (999, False)])
+def test_a_mac_may_keep_a_rank_from_the_local_network(
+    number: int, *, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX's text, of mlx-metal 0.32.4, has the number of the error alone."""
+
+    def init(**options: Any) -> None:
+        raise RuntimeError(f"[ring] Couldn't connect (error: {number})")
+
+    monkeypatch.setattr(mx.distributed, "init", init)
+    with on_macos(), pytest.raises(ClusterError, match="did not start on a") as caught:
+        join_group(make_assignment(size=2))
+    assert ("Local Network" in (caught.value.hint or "")) == is_told

@@ -25,7 +25,7 @@ from k2cli.agent.weights.messages import (
     segment_length,
 )
 from k2cli.agent.weights.place import Place
-from k2cli.files import APPEND, name_with, open_regular, read_regular
+from k2cli.files import APPEND, name_with, open_regular, read_regular, write_at
 from k2cli.models.digests import OnBytes, sha256_of, sha256_of_range
 from k2cli.models.inventory.verified import FileState, read_states, state_of
 from k2cli.models.sources.expected_files import expected_file, has_content
@@ -171,9 +171,7 @@ class IncomingFile:
         """
         assert self._descriptor is not None
         try:
-            while data:
-                written = os.pwrite(self._descriptor, data, offset)
-                data, offset = data[written:], offset + written
+            write_at(self._descriptor, data, offset)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.data)) from error
 

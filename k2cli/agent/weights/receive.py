@@ -54,8 +54,8 @@ from k2cli.models.inventory.hub_cache import INCOMING_LOCK
 from k2cli.models.inventory.known_folders import Stamp, remember_folder
 from k2cli.models.inventory.verified import note_states
 from k2cli.models.part import write_part_list
-from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
+from k2cli.system.awake import kept_awake
 
 _SECONDS_BETWEEN_REPORTS = 0.25
 _SECONDS_BETWEEN_NOTES = 2.0

@@ -36,7 +36,7 @@ from k2cli.agent.weights.messages import (
 from k2cli.agent.weights.receive import cpu_seconds, end_with
 from k2cli.errors import ClusterError, K2Error
 from k2cli.models.inventory.readers import reading
-from k2cli.models.sources.awake import kept_awake
+from k2cli.system.awake import kept_awake
 
 _CONNECT_SECONDS = 5.0
 _ALIVE_SECONDS = 5.0

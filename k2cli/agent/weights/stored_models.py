@@ -18,7 +18,7 @@ import msgspec
 from k2cli.agent.locks import list_locks
 from k2cli.agent.run_processes import count_processes
 from k2cli.errors import K2Error
-from k2cli.files import unwritable
+from k2cli.files import is_same_path, unwritable
 from k2cli.models.inventory.hub_cache import read_hub_cache
 from k2cli.models.inventory.lookup import matching_models
 from k2cli.models.inventory.prune import PruneResult, find_prunable, prune
@@ -226,14 +226,10 @@ def _used(model: StoredModel, uses: Sequence[ModelUse]) -> StoredModel:
     runs = [
         use.run_id
         for use in uses
-        if (_is_same(use.folder, model.folder) if use.folder else _is_named(use, model))
+        if (is_same_path(use.folder, model.folder) if use.folder else _is_named(use, model))
         and (use.folder or use.run_id not in exact)
     ]
     return msgspec.structs.replace(model, used_by=tuple(dict.fromkeys(runs)))
-
-
-def _is_same(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _is_named(use: ModelUse, model: StoredModel) -> bool:
@@ -242,7 +238,7 @@ def _is_named(use: ModelUse, model: StoredModel) -> bool:
     reference = use.model.lower()
     if use.model:
         is_path = use.model.startswith(("/", "~"))
-        same = is_path and _is_same(os.path.expanduser(use.model), model.folder)
+        same = is_path and is_same_path(os.path.expanduser(use.model), model.folder)
         return same or reference.partition("@")[0] in names or reference in names
     # The id begins with the last part of the model's name.
     begun = use.run_id.rpartition("-")[0]

@@ -36,7 +36,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
     Raises:
         ClusterError: if its memory is not known.
     """
-    kernel = sysctl(raw.text("sysctl") or "")
+    kernel = sysctl(raw.printed("sysctl"))
     profile = _profile(raw)
     hardware = _first(profile, "SPHardwareDataType")
     memory = whole_number(kernel.get("hw.memsize", ""))
@@ -73,7 +73,7 @@ def machine(raw: RawProbes, software: Software | None) -> MachineFacts:
 
 def condition(raw: RawProbes) -> Condition:
     """Read the present condition of a Mac, without its clock."""
-    kernel = sysctl(raw.text("sysctl") or "")
+    kernel = sysctl(raw.printed("sysctl"))
     minutes, prevented = sleep_setting(raw.text("pmset") or "")
     power = raw.text("pmset-power")
     return Condition(
@@ -91,7 +91,10 @@ def condition(raw: RawProbes) -> Condition:
 
 
 def sysctl(text: str) -> dict[str, str]:
-    """Parse ``name: value`` lines."""
+    """Parse ``name: value`` lines.
+
+    ``sysctl`` prints what it knows, and fails if the system lacks one of the names.
+    """
     pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
 
@@ -230,8 +233,8 @@ def _kind(name: str, port: str | None) -> InterfaceKind:
         return "loopback"
     if port is None:
         return "other"
-    if port.startswith("Thunderbolt"):
-        return "thunderbolt"
+    if re.fullmatch(r"Thunderbolt (\d+|Bridge)", port):
+        return "thunderbolt"  # and "Thunderbolt Ethernet Slot 1" is a network adapter
     if port in ("Wi-Fi", "AirPort"):
         return "wifi"
     known = re.match(r"Ethernet|.*\bLAN\b|.*Ethernet", port)

@@ -63,6 +63,11 @@ class RawProbes:
         output = self.outputs.get(name)
         return output.stdout if output is not None and output.status == 0 else None
 
+    def printed(self, name: str) -> str:
+        """Return what a probe printed, also if it failed in a part of what it was asked for."""
+        output = self.outputs.get(name)
+        return output.stdout if output is not None else ""
+
 
 def _probe(system: System, command: str, name: str | None = None, **options: float | bool) -> Probe:
     arguments = tuple(command.split())

@@ -11,7 +11,6 @@ from pathlib import Path
 from k2cli.errors import K2Error
 from k2cli.files import open_regular, unwritable
 from k2cli.models.sources import hub
-from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.byte_source import ByteSource, FolderSource
 from k2cli.models.sources.cache_layout import (
     CacheLayout,
@@ -30,6 +29,7 @@ from k2cli.models.sources.hub_download import (
 )
 from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.snapshot_record import SnapshotRecord
+from k2cli.system.awake import kept_awake
 
 IsBroken = Callable[[str], bool]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from k2cli.errors import K2Error, UsageError
+from k2cli.files import is_same_path
 from k2cli.models.inventory.folders import described_folder, shown_path
 from k2cli.models.inventory.stored_model import StoredModel
 from k2cli.models.reference import (
@@ -57,15 +58,14 @@ def _referred(models: Sequence[StoredModel], reference: ModelReference) -> list[
         return [each for each in models if each.kind == "hub" and each.repo == reference.repo]
     if reference.modelscope_repo is not None:
         # The revision is in the name of the folder.
-        place = os.path.realpath(modelscope_folder(reference.modelscope_repo, reference.revision))
-        return [model for model in models if os.path.realpath(model.folder) == place]
+        place = modelscope_folder(reference.modelscope_repo, reference.revision)
+        return [model for model in models if is_same_path(model.folder, place)]
     folder = reference.path
     if folder is None or folder.is_file():
         folder = converted_folder(reference)
     if folder is None:
         return []
-    place = os.path.realpath(folder)
-    found = [model for model in models if os.path.realpath(model.folder) == place]
+    found = [model for model in models if is_same_path(model.folder, folder)]
     if not found and folder.is_dir() and reference.path is not None:
         path = Path(os.path.abspath(folder))
         return [described_folder(path, "folder", shown_path(path))]

@@ -20,7 +20,6 @@ from k2cli.models.inventory.known_folders import remember_folder
 from k2cli.models.inventory.verified import FileState, note_states, state_of
 from k2cli.models.layout import INDEX_NAME, no_safetensors_error
 from k2cli.models.sources import hub
-from k2cli.models.sources.awake import kept_awake
 from k2cli.models.sources.byte_source import ByteSource, FolderSource
 from k2cli.models.sources.cache_layout import (
     CacheLayout,
@@ -39,6 +38,7 @@ from k2cli.models.sources.parallel_download import FileFinished, ParallelDownloa
 from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
+from k2cli.system.awake import kept_awake
 from k2cli.units import format_bytes
 
 Source = Literal["hub", "modelscope"]

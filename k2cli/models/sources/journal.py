@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2cli.files import open_regular, read_regular
+from k2cli.files import open_regular, read_regular, write_at
 from k2cli.models.sources.expected_files import ExpectedFile
 
 _MAGIC = b"k2-journal-1\n"
@@ -68,7 +68,7 @@ class Journal:
                 self._end = _HEADER_BYTES + _whole_entries(len(content) - _HEADER_BYTES)
             else:
                 os.ftruncate(self._descriptor, 0)
-                _write_all(self._descriptor, header, 0)
+                write_at(self._descriptor, header, 0)
                 self._end = _HEADER_BYTES
         except BaseException:
             os.close(self._descriptor)
@@ -86,7 +86,7 @@ class Journal:
         """
         numbers = _NUMBERS.pack(span.first, span.past_last - span.first, span.crc32)
         entry = numbers + struct.pack("<I", zlib.crc32(numbers))
-        _write_all(self._descriptor, entry, self._end)
+        write_at(self._descriptor, entry, self._end)
         self._end += len(entry)
 
     def close(self) -> None:
@@ -133,10 +133,3 @@ def _spans_of(entries: bytes, size: int) -> list[Span]:
         kept.insert(place, span)
         starts.insert(place, first)
     return kept
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

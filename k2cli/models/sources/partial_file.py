@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from k2cli.files import open_regular
+from k2cli.files import open_regular, write_at
 from k2cli.models.digests import new_digest
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.journal import MAX_SPAN_BYTES, Journal, Span, sample_crc32
@@ -102,10 +102,7 @@ class PartialFile:
             OSError: if they cannot be written.
         """
         span = Span(first, first + len(data), sample_crc32(data))
-        view, offset = memoryview(data), first
-        while view:
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        write_at(self._descriptor, data, first)
         with self._journal_lock:
             self._journal.append(span)
         with self._lock:

@@ -28,7 +28,8 @@ def copy(text: str) -> str:
     """
     data = text.encode(errors="replace")
     if sys.platform == "darwin" and not os.environ.get("SSH_CONNECTION"):
-        return _by_program(["pbcopy"], data)
+        # Its encoding is that of the locale, and without one Mac OS Roman (pbcopy(1)).
+        return _by_program(["pbcopy"], data, {"LC_ALL": "en_US.UTF-8"})
     if len(data) > MOST_BYTES:
         raise K2Error(
             f"the text has {format_bytes(len(data))}, and terminals copy {MOST_BYTES:,} bytes",
@@ -40,11 +41,12 @@ def copy(text: str) -> str:
     return "by OSC 52, if the terminal allows it"
 
 
-def _by_program(command: list[str], data: bytes) -> str:
+def _by_program(command: list[str], data: bytes, settings: dict[str, str]) -> str:
     import subprocess
 
+    environment = {**os.environ, **settings}
     try:
-        subprocess.run(command, input=data, check=True, timeout=_PROGRAM_SECONDS)
+        subprocess.run(command, input=data, check=True, timeout=_PROGRAM_SECONDS, env=environment)
     except (OSError, subprocess.SubprocessError) as error:
         raise K2Error(f"{command[0]} failed: {error}", "/save FILE.md") from error
     return f"with {command[0]}"

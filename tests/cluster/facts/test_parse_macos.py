@@ -181,3 +181,32 @@ def test_what_must_be_known_is_an_error_that_names_the_node(texts: dict[str, str
 def test_an_unknown_form_of_the_profile_gives_no_ports(profile: object) -> None:
     raw = _raw(sysctl="hw.memsize: 549755813888", system_profiler=json.dumps(profile))
     assert machine_facts(raw).thunderbolt_ports == ()
+
+
+def test_a_name_that_sysctl_does_not_know_hides_no_other() -> None:
+    """Without ``-i`` it fails if one of several names is unknown (aws/amazon-ssm-agent#464)."""
+    text = "hw.memsize: 549755813888\nhw.model: Mac15,14\n"
+    failed = ProbeOutput(1, text, "sysctl: unknown oid 'iogpu.wired_limit_mb'\n")
+    raw = RawProbes("studio", "Darwin", {"sysctl": failed})
+    facts = machine_facts(raw)
+    assert (facts.memory_bytes, facts.model) == (549_755_813_888, "Mac15,14")
+    assert parse_macos.condition(raw).wired_limit_mib is None
+
+
+@pytest.mark.parametrize(
+    ("port", "kind"),
+    [
+        ("Thunderbolt 1", "thunderbolt"),
+        ("Thunderbolt Bridge", "thunderbolt"),
+        # Names of adapters in public configurations of Macs.
+        ("Thunderbolt Ethernet Slot 1", "ethernet"),
+        ("Thunderbolt Ethernet", "ethernet"),
+        ("USB 10/100/1000 LAN", "ethernet"),
+    ],
+)
+def test_a_network_adapter_at_a_thunderbolt_port_is_ethernet(port: str, kind: str) -> None:
+    ports = f"\nHardware Port: {port}\nDevice: en8\nEthernet Address: 00:00:00:00:00:00\n"
+    flags = "flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500"
+    interface = f"en8: {flags}\n\tinet 10.0.0.2 netmask 0xffffff00 broadcast 10.0.0.255\n"
+    raw = _raw(sysctl="hw.memsize: 549755813888", networksetup=ports, ifconfig=interface)
+    assert machine_facts(raw).interface_kinds == {"en8": kind}

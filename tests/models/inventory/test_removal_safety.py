@@ -33,6 +33,7 @@ from k2cli.models.sources.cache_layout import FolderLayout
 from k2cli.models.sources.expected_files import ExpectedFile
 from k2cli.models.sources.snapshot_record import SnapshotRecord, record_path, write_record
 from k2cli.settings import data_directory, models_directory
+from tests.support.as_macos import ignore_case
 from tests.support.hub_cache import NEW, OLD, put_revision, small_model
 
 SHARD = "model-00002-of-00002.safetensors"
@@ -392,6 +393,17 @@ def test_a_run_on_another_machine_keeps_a_model_on_a_network_volume(
     question = ModelQuestion("mock/model", uses=(use,), folders=(str(folder),))
     assert plan_removal(question).problem == ""  # each machine has its own copy there
     monkeypatch.setattr("k2cli.agent.software.NETWORK_FILESYSTEMS", _Every())
+    assert "is used by the run run-1" in remove(question).problem
+    assert (folder / SHARD).exists()
+
+
+def test_a_run_keeps_its_model_in_whatever_case_its_folder_was_written(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ignore_case(monkeypatch)
+    folder = put_revision(cache, NEW, small_model(1), "main")
+    use = ModelUse("run-1", str(folder).upper(), str(folder).upper())
+    question = ModelQuestion("mock/model", uses=(use,), folders=(str(folder),))
     assert "is used by the run run-1" in remove(question).problem
     assert (folder / SHARD).exists()
 

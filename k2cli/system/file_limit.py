@@ -1,4 +1,7 @@
-"""The limit on open files of a guard."""
+"""The limit on open files of this process and those that it starts: 256 in a Mac's terminal.
+
+Guards have connections, and a checkpoint of a trillion parameters has hundreds of files.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Requests to the operating system that several parts make, and that differ between systems."""
