@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -63,7 +64,7 @@ def test_a_system_without_the_program_does_without(monkeypatch: pytest.MonkeyPat
     ("nodes", "awake"), [(["localhost", "b"], True), (["b"], True), (["localhost"] * 2, False)]
 )
 async def test_a_mac_that_launched_a_run_on_others_stays_awake(
-    nodes: list[str], *, awake: bool, monkeypatch: pytest.MonkeyPatch
+    nodes: list[str], *, awake: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Guards end a run whose supervisor is silent."""
     wanted = [False]
@@ -75,18 +76,21 @@ async def test_a_mac_that_launched_a_run_on_others_stays_awake(
         def __init__(self, *arguments: Any) -> None:
             pass
 
+        def take_over(self) -> None:
+            pass
+
         async def run(self) -> None:
             during.append(wanted[-1])
 
     monkeypatch.setattr(Awake, "keep", lambda self, *, wanted: seen.append(wanted))
     seen = wanted
     monkeypatch.setattr(supervisor, "Supervisor", Run)
-    monkeypatch.setattr(supervisor, "read_record", lambda folder: folder)
+    monkeypatch.setattr(supervisor, "read_record", lambda folder: SimpleNamespace(live=True))
     monkeypatch.setattr(supervisor, "obey_signals", lambda *arguments: None)
     assignment = make_assignment(size=len(nodes), nodes=nodes)
     specification = RunSpecification([make_bootstrap(assignment)], "x")
     monkeypatch.setattr(supervisor, "read_specification", lambda folder: specification)
-    await supervisor._supervise(Path(), lambda event: None, None)
+    await supervisor._supervise(tmp_path, lambda event: None, None)
     assert (during, wanted[-1]) == ([awake], False)
 
 
