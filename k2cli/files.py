@@ -43,11 +43,11 @@ def disk_reason(error: OSError, path: Path) -> str:
     reason = error.strerror or str(error)
     if error.errno not in FULL_DISK:
         return reason
-    import shutil  # slow to import
+    from k2cli.system.disk import disk_use  # slow to import
 
     try:
         existing = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
-        usage = shutil.disk_usage(existing)
+        usage = disk_use(existing)
     except OSError:
         return reason
     return f"{reason} ({format_bytes(usage.free)} of {format_bytes(usage.total)} are free)"

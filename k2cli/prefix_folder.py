@@ -24,6 +24,7 @@ import msgspec
 from k2cli.errors import K2Error
 from k2cli.files import decode_json, open_regular, private_folder, read_regular, write_atomically
 from k2cli.settings import cache_directory
+from k2cli.system.disk import disk_use
 
 SECRET_NAME = "secret"
 PART_MARK = ".part-"
@@ -224,7 +225,7 @@ def prefix_room() -> PrefixRoom:
         if rank.isdecimal() and entry.is_dir(follow_symlinks=False):
             size = sum(file.nbytes for file in blocks_of(Path(entry.path)))
             held[int(rank)] = held.get(int(rank), 0) + size
-    return PrefixRoom(str(folder), shutil.disk_usage(existing).free, held)
+    return PrefixRoom(str(folder), disk_use(existing).free, held)
 
 
 def open_store(folder: Path, note: StoreNote) -> int:

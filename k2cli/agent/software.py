@@ -24,6 +24,7 @@ from k2cli.errors import ClusterError, K2Error
 from k2cli.planning.hardware.gpus import Gpu
 from k2cli.rdma_launches import launches_since_boot
 from k2cli.settings import expand_home, models_directory, runs_directory
+from k2cli.system.disk import disk_use
 from k2cli.system.memory_use import memory_of
 from k2cli.system.processes import command_of, name_of
 
@@ -204,7 +205,7 @@ def volume_of(folder: Path) -> Volume | None:
         existing = existing.parent
     existing = existing.resolve()
     try:
-        usage = psutil.disk_usage(str(existing))
+        usage = disk_use(existing)
         mounts = psutil.disk_partitions(all=True)
     except OSError:
         return None
@@ -212,7 +213,7 @@ def volume_of(folder: Path) -> Volume | None:
     # The last of several mounts on one point hides the others.
     best = max(enumerate(under), key=lambda item: (len(item[1].mountpoint), item[0]), default=None)
     point, kind = (best[1].mountpoint, best[1].fstype) if best else ("/", "")
-    return Volume(str(folder), point, kind, int(usage.free), int(usage.total))
+    return Volume(str(folder), point, kind, usage.free, usage.total)
 
 
 def _is_under(path: Path, mount: Path) -> bool:

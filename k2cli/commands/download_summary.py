@@ -75,15 +75,14 @@ def download_summary(fetched: Any, dry_run: bool, *, chosen: bool) -> list[str]:
 
 def _room(folder: Path | None, needed_bytes: int) -> list[str]:
     """Say how much is free on the volume of a folder, and whether that is enough."""
-    import shutil
-
+    from k2cli.system.disk import disk_use
     from k2cli.units import format_bytes
 
     if folder is None:
         return []
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-        free = shutil.disk_usage(existing).free
+        free = disk_use(existing).free
     except OSError:
         return []
     lack = "" if free >= needed_bytes else f", {format_bytes(needed_bytes - free)} too few"

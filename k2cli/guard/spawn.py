@@ -23,6 +23,7 @@ from k2cli.protocol import Assignment, Bootstrap
 from k2cli.protocol.progress_page import ProgressPage
 from k2cli.rdma_launches import PREFERRED_SETTINGS
 from k2cli.settings import RUN_OPTION, cache_directory, runs_directory
+from k2cli.system.disk import disk_use
 
 DEFAULT_WORKER = "k2cli.rank.main"
 # With this, NCCL's first rank would listen on an address that k2 has not chosen, and take any peer.
@@ -122,8 +123,7 @@ def kernel_folder(run_id: str) -> Path:
 
 
 def _has_room(folder: Path) -> bool:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize >= _KERNELS_BYTES
+    return disk_use(folder).free >= _KERNELS_BYTES
 
 
 def gpu_settings(gpu: GpuName | None) -> dict[str, str]:

@@ -29,6 +29,7 @@ from k2cli.quantization.events import (
     QuantizationResult,
 )
 from k2cli.sharding.recipe import Recipe
+from k2cli.system.disk import disk_use
 from k2cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _check_disk(destination: Path, needed_bytes: int) -> None:
     existing = destination.absolute().parent
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = disk_use(existing).free
     if free < needed_bytes + _DISK_MARGIN_BYTES:
         raise K2Error(
             f"{existing} has {format_bytes(free)} free, the new checkpoint takes "

@@ -21,7 +21,7 @@ _LIBRARY = "/usr/lib/libproc.dylib"
 
 
 class MacUse(NamedTuple):
-    """Counts of macOS about a process: memory now, and bytes of the disk since its start."""
+    """The counts of macOS for a process: memory now, and bytes of the disk since its start."""
 
     wired_bytes: int
     footprint_bytes: int

@@ -30,7 +30,7 @@ class Other(LocalNode):
     def ask(self, kind: Any, verb: str, *arguments: str, **options: Any) -> Any:
         if self._free_bytes is None:
             raise ClusterError(f"node {self.name} does not answer")
-        usage = SimpleNamespace(free=self._free_bytes)
+        usage = SimpleNamespace(total=2**50, free=self._free_bytes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("K2_CACHE_DIR", str(self._cache))
             patch.setattr(shutil, "disk_usage", lambda path: usage)

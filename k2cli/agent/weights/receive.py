@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -56,6 +55,7 @@ from k2cli.models.inventory.verified import note_states
 from k2cli.models.part import write_part_list
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 from k2cli.system.awake import kept_awake
+from k2cli.system.disk import disk_use
 
 _SECONDS_BETWEEN_REPORTS = 0.25
 _SECONDS_BETWEEN_NOTES = 2.0
@@ -147,7 +147,7 @@ class Receiver:
     def _free_bytes(self) -> int:
         folder = self._place.folder
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        return shutil.disk_usage(existing).free
+        return disk_use(existing).free
 
     # --- receiving ------------------------------------------------------------------------------
 

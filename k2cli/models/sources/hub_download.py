@@ -6,7 +6,6 @@ The repository is one of the Hub or of ModelScope.
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from k2cli.models.sources.range_stream import DownloadOptions
 from k2cli.models.sources.selection import Selection, choose_files
 from k2cli.models.sources.snapshot_record import SnapshotRecord, write_record
 from k2cli.system.awake import kept_awake
+from k2cli.system.disk import disk_use
 from k2cli.units import format_bytes
 
 Source = Literal["hub", "modelscope"]
@@ -261,7 +261,7 @@ def check_free_space(folder: Path, needed_bytes: int, what: str, shown: Path | N
     """
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-        free = shutil.disk_usage(existing).free
+        free = disk_use(existing).free
     except OSError as error:
         raise unwritable(error, shown or folder) from error
     if needed_bytes > free:

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from k2cli.files import private_folder, read_regular, write_atomically
 from k2cli.pauses import Deadline
+from k2cli.system.disk import disk_use
 
 VARIABLE = "MLX_PTX_CACHE_DIR"
 _LOCK_SECONDS = 5.0
@@ -245,8 +246,7 @@ def _write_digest(folder: Path, kernel: Path, digest: str) -> None:
 
 
 def _has_room(folder: Path) -> bool:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize >= _ROOM_BYTES
+    return disk_use(folder).free >= _ROOM_BYTES
 
 
 def _with(kernel: Path, suffix: str) -> Path:
