@@ -230,10 +230,10 @@ def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
     done = k2("launch", "demo", "--parallel", "foo")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--parallel 'foo' is not one of 'auto', 'single'" in done.stderr
-    assert done.stderr.endswith("hint: k2 launch MODEL --parallel auto\n")
+    assert done.stderr.endswith("hint: k2 launch demo --parallel auto\n")
     with pytest.raises(UsageError) as caught:  # the default, which is not the first
         run_command_line(["launch", "demo", "--speculation", "on"])
-    assert caught.value.hint == "k2 launch MODEL --speculation auto"
+    assert caught.value.hint == "k2 launch demo --speculation auto"
     for words, hint in (
         (["launch", "demo", "--prefix-cache-disk"], "--prefix-cache-disk SIZE"),
         (["cache", "clear", "--model"], "--model NAME"),
