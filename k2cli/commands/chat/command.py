@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from k2cli.commands import options
 from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ def chat(
         typer.Option("--file", "-f", metavar="PATH", help="Quote a file in the first message."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens.")
-    ] = None,
+    max_tokens: options.MaxTokens = None,
     temperature: Annotated[
         float | None,
         typer.Option(
