@@ -10,6 +10,8 @@ import sys
 
 import psutil
 
+from k2cli.settings import RUN_OPTION
+
 # Below the ports of outgoing connections on Linux and macOS, which could take one meanwhile.
 _PORTS = range(20_000, 32_000)
 
@@ -73,11 +75,17 @@ def _listener(port: int) -> str | None:
                 and connection.laddr.port == port
                 and connection.pid
             ):
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                return f"process {connection.pid} ({command[:80]})"
+                return _described(connection.pid, psutil.Process(connection.pid).cmdline())
     except psutil.Error:
         return None  # the process is another user's
     return None
+
+
+def _described(pid: int, words: list[str]) -> str:
+    """Name a process by its command line; a guard by its run, which ``k2 stop`` takes."""
+    if RUN_OPTION in words[:-1]:
+        return f"run {words[words.index(RUN_OPTION) + 1]} of k2 (process {pid})"
+    return f"process {pid} ({' '.join(words)[:80]})"
 
 
 def choose_port(host: str, first: int) -> int:

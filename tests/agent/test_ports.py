@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from k2cli.agent import ports
 from k2cli.errors import ClusterError
 from k2cli.nodes.local import LocalNode
+from k2cli.settings import RUN_OPTION
 
 
 def test_free_ports_are_different_and_below_those_of_outgoing_connections() -> None:
@@ -31,3 +34,15 @@ def test_a_taken_port_is_refused_with_its_holder() -> None:
     assert "no address of this machine" in holder
     with pytest.raises(ClusterError, match=r"192\.0\.2\.1"):
         LocalNode().choose_port("192.0.2.1", 8080)
+
+
+def test_a_port_of_a_run_is_named_by_the_run() -> None:
+    """Its command line, cut off in the middle, does not help anybody."""
+    code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); "
+    code += "print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, RUN_OPTION, "demo-1a2b", "--more"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        holder = ports.port_holder("127.0.0.1", int(process.stdout.readline()))
+        process.kill()
+    assert holder == f"run demo-1a2b of k2 (process {process.pid})"
