@@ -154,11 +154,13 @@ def parse_latency(text: str) -> float:
 
 
 _TOKEN_UNITS = {"": 1, "k": KIB, "m": MIB}
-_TOKENS_PATTERN = re.compile(r"\s*(-?\d{1,12})\s*([kKmM]?)\s*")
+_TOKENS_PATTERN = re.compile(r"\s*(-?\d{1,12}|\d{1,3}(?:[,_]\d{3}){1,3})\s*([kKmM]?)\s*")
 
 
 def parse_tokens(text: str) -> int:
     """Read a number of tokens: ``131072``, or ``128k`` in units of 1024 as in names of models.
+
+    ``131,072``, as k2 prints it, and ``131_072`` are understood too.
 
     Raises:
         UsageError: if the text is not a whole number.
@@ -166,7 +168,8 @@ def parse_tokens(text: str) -> int:
     match = _TOKENS_PATTERN.fullmatch(text)
     if match is None:
         raise UsageError(f"'{text}' is not a number of tokens", "write for example 131072 or 128k")
-    return int(match.group(1)) * _TOKEN_UNITS[match.group(2).lower()]
+    number = match.group(1).replace(",", "").replace("_", "")
+    return int(number) * _TOKEN_UNITS[match.group(2).lower()]
 
 
 def format_duration(seconds: float) -> str:

@@ -237,6 +237,31 @@ def test_a_wrong_number_is_named_with_one_that_is_right(path: tuple[str, ...], o
     assert (least or 0) <= example <= (most or example)
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("plan-memory demo", "--context"),
+        ("plan-memory demo", "--prompt-tokens"),
+        ("launch demo", "--answer-tokens"),
+        ("chat", "--max-tokens"),
+        ("doctor --deep", "--most-tokens"),
+    ],
+)
+def test_every_number_of_tokens_is_read_in_the_same_way(command: str, option: str) -> None:
+    """A user who writes ``--context 128k`` writes ``--prompt-tokens 60k`` too."""
+    parsed = typer.main.get_command(build_app()).commands[command.split()[0]]  # type: ignore[attr-defined]
+    (parameter,) = [each for each in parsed.params if option in each.opts]
+    context = parsed.make_context(
+        "k2", ["x", option, "4k"] if "demo" in command else [option, "4k"]
+    )
+    assert context.params[parameter.name] == 4096
+    with pytest.raises(UsageError) as caught:
+        run_command_line([*command.split(), option, "4kb"])
+    assert caught.value.message == f"{option} '4kb' is not a number of tokens"
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith(option)
+
+
 def test_no_number_is_no_number() -> None:
     for line in ("chat --temperature nan -p hello", "launch demo --wait nan"):
         with pytest.raises(UsageError) as caught:
@@ -248,10 +273,10 @@ def test_a_wrong_choice_and_a_wrong_name_are_named() -> None:
     done = k2("launch", "demo", "--parallel", "foo")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--parallel 'foo' is not one of 'auto', 'single'" in done.stderr
-    assert done.stderr.endswith("hint: k2 launch MODEL --parallel auto\n")
+    assert done.stderr.endswith("hint: k2 launch demo --parallel auto\n")
     with pytest.raises(UsageError) as caught:  # the default, which is not the first
         run_command_line(["launch", "demo", "--speculation", "on"])
-    assert caught.value.hint == "k2 launch MODEL --speculation auto"
+    assert caught.value.hint == "k2 launch demo --speculation auto"
     for words, hint in (
         (["launch", "demo", "--prefix-cache-disk"], "--prefix-cache-disk SIZE"),
         (["cache", "clear", "--model"], "--model NAME"),

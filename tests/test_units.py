@@ -9,8 +9,9 @@ from k2cli.units import GB, GIB, format_bytes, parse_bytes, parse_latency, parse
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("131072", 131072), ("128k", 131072), ("1M", 2**20), ("-5", -5)]
-)
+    ("text", "tokens"), [("131072", 131072), ("128k", 131072), ("1M", 2**20), ("-5", -5),
+     ("131,072", 131072), ("131_072", 131072)],
+)  # fmt: skip
 def test_tokens_count_in_steps_of_1024(text: str, tokens: int) -> None:
     assert parse_tokens(text) == tokens
 
@@ -22,7 +23,7 @@ def test_decimal_and_binary_bytes_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("parse", [parse_tokens, parse_bytes, parse_latency])
-@pytest.mark.parametrize("text", ["", "1e5", "12 parsecs", "0x10", "9" * 5000 + "q"])
+@pytest.mark.parametrize("text", ["", "1e5", "12 parsecs", "0x10", "1,2", "9" * 5000 + "q"])
 def test_what_is_no_value_is_named(parse: object, text: str) -> None:
     with pytest.raises(UsageError, match="' is not a") as caught:
         parse(text)  # type: ignore[operator]

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from k2cli.settings import RUN_OPTION
 from k2cli.system.processes import command_of
 
 # Below the ports of outgoing connections on Linux and macOS, which could take one meanwhile.
@@ -77,9 +78,15 @@ def _listener(port: int) -> str | None:
             and connection.laddr
             and connection.laddr.port == port
         ):
-            command = " ".join(command_of(process))
-            return f"process {process.pid} ({command[:80]})"
+            return _described(process.pid, command_of(process))
     return None
+
+
+def _described(pid: int, words: list[str]) -> str:
+    """Name a process by its command line; a guard by its run, which ``k2 stop`` takes."""
+    if RUN_OPTION in words[:-1]:
+        return f"run {words[words.index(RUN_OPTION) + 1]} of k2 (process {pid})"
+    return f"process {pid} ({' '.join(words)[:80]})"
 
 
 def _connections() -> Iterator[tuple[psutil.Process, Any]]:

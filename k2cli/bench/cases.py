@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2cli.errors import UsageError
-from k2cli.units import whole_number
+from k2cli.units import parse_tokens
 
 CaseKind = Literal["pp", "tg"]
+
+_EXAMPLES = {0: "512,2048", 1: "1,4"}
+"""Lists for hints, by the least size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +52,28 @@ class BenchCase:
 
 
 def parse_sizes(text: str, option: str, *, at_least: int = 0) -> list[int]:
-    """Parse a list of sizes such as ``512,2048``.
+    """Parse a list of sizes such as ``512,2048`` or ``2k,16k``.
+
+    Args:
+        text: the value of the option.
+        option: the name of the option.
+        at_least: the least size that makes sense.
 
     Raises:
-        UsageError: if the text is not a list of whole numbers, or one is too small.
+        UsageError: if the text is not a list of numbers of tokens, or one is too small.
     """
     sizes = []
     for part in text.split(","):
-        size = whole_number(part.strip())
-        if size is None:
-            raise UsageError(f"'{text}' is not a list of sizes for {option}", f"{option} 512,2048")
+        try:
+            size = parse_tokens(part)
+        except UsageError as error:
+            message = f"{option} '{text}' is not a list of sizes"
+            raise UsageError(message, f"{option} {_EXAMPLES[at_least]}") from error
         if size < at_least:
-            raise UsageError(f"{size} is too small for {option}; the minimum is {at_least}")
+            raise UsageError(
+                f"{option} {size} is too small: the minimum is {at_least}",
+                f"{option} {_EXAMPLES[at_least]}",
+            )
         sizes.append(size)
     return sizes
 

@@ -53,8 +53,15 @@ def is_large(session: ChatSession, question: str) -> bool:
     return len(question) > LARGE_CHARACTERS or half_full
 
 
-def check_room(session: ChatSession, question: str) -> TokenCount:
+def check_room(
+    session: ChatSession, question: str, hint: str = "/compact, /clear or a shorter message"
+) -> TokenCount:
     """Count the tokens of the prompt that a question makes with the conversation before it.
+
+    Args:
+        session: the conversation before.
+        question: the next message.
+        hint: what to do if there is no room; by default what is possible in a conversation.
 
     Raises:
         K2Error: if the context does not hold them.
@@ -67,7 +74,7 @@ def check_room(session: ChatSession, question: str) -> TokenCount:
         raise K2Error(
             f"the message makes a prompt of {counted}, and the context holds {length:,}; "
             "it was not sent",
-            "/compact, /clear or a shorter message",
+            hint,
         )
     return counted
 

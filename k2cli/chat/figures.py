@@ -17,7 +17,7 @@ def figures_line(answer: Answer) -> str:
     if (prompt_tokens := answer.usage.get("prompt_tokens")) is not None:
         parts.append(f"{prompt_tokens} prompt tokens{_cached_share(answer)}")
     if (generated := answer.usage.get("completion_tokens")) is not None:
-        parts.append(f"{generated} tokens{_reasoning_share(answer)}")
+        parts.append(f"{generated} tokens{_shares(answer)}")
     if (rate := answer.tokens_per_second) is not None:
         parts.append(f"{rate:.1f} tokens/s")
     if answer.first_text_seconds is not None:
@@ -34,10 +34,15 @@ def _cached_share(answer: Answer) -> str:
     return f" ({tokens} cached)" if tokens else ""
 
 
-def _reasoning_share(answer: Answer) -> str:
+def _shares(answer: Answer) -> str:
+    """Say how many tokens were reasoning, and how many were guessed right."""
     details = answer.usage.get("completion_tokens_details")
-    tokens = count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
-    return f" ({tokens} of reasoning)" if tokens else ""
+    if not isinstance(details, dict):
+        return ""
+    names = {"reasoning_tokens": "of reasoning", "accepted_prediction_tokens": "guessed"}
+    counts = [(count(details.get(name)), what) for name, what in names.items()]
+    shares = [f"{tokens} {what}" for tokens, what in counts if tokens]
+    return f" ({', '.join(shares)})" if shares else ""
 
 
 def answer_document(

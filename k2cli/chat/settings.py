@@ -15,6 +15,7 @@ from typing import Any
 from k2cli.client.client import GenerationOptions
 from k2cli.errors import K2Error, UsageError
 from k2cli.files import read_regular
+from k2cli.units import parse_tokens
 
 FILE_NAME = "chat.toml"
 _LIMIT_BYTES = 2**20
@@ -69,6 +70,16 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def _tokens(text: str) -> int:
+    try:
+        value = parse_tokens(text)
+    except K2Error as error:
+        raise ValueError from error
+    if not 1 <= value <= 2**31:
+        raise ValueError
+    return value
+
+
 def _switch(text: str) -> bool:
     if text not in ("on", "off"):
         raise ValueError
@@ -87,7 +98,7 @@ SETTINGS: dict[str, Setting] = {
     "top_k": Setting(_whole(1, 2**31), "1 or more"),
     "min_p": Setting(_number(0, 1), "0 to 1"),
     "repetition_penalty": Setting(_number(0.01, 10), "0.01 to 10"),
-    "max_tokens": Setting(_whole(1, 2**31), "1 or more"),
+    "max_tokens": Setting(_tokens, "1 or more, such as 256 or 4k"),
     "seed": Setting(_whole(-(2**63), 2**63 - 1), "a whole number"),
     "reasoning_effort": Setting(_effort, ", ".join(_EFFORTS)),
     "stats": Setting(_switch, "on, off", of_server=False),

@@ -46,6 +46,7 @@ _STATUS_SECONDS = 10.0
 _MAX_STATUS_BYTES = 4 * MIB
 _MAX_ANSWER_BYTES = 64 * MIB
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_NO_MESSAGE = "HTTP status {}"
 _K2_OWNER = "k2"
 
 
@@ -382,7 +383,7 @@ class ApiClient:
 
     def _refusal(self, response: httpx2.Response) -> K2Error:
         body = self._body(response)
-        message = error_message(body) or f"HTTP status {response.status_code}"
+        message = error_message(body) or _NO_MESSAGE.format(response.status_code)
         if response.status_code in (400, 422) and concerns_field(body, "response_format"):
             return UsageError(f"{self.base} refused the schema: {message}")
         return _failure(response.status_code, message, self.base)
@@ -417,6 +418,8 @@ def _failure(status: int, message: str, base: str) -> K2Error:
         )
     if status == 503:
         return ClusterError(f"{base} cannot answer: {message}", "k2 ps")
+    if status == 404 and message == _NO_MESSAGE.format(404):
+        return K2Error(f"{base} is no OpenAI-compatible API: {message}", "k2 ps")
     return K2Error(f"{base} refused the request: {message}")
 
 

@@ -61,7 +61,10 @@ def chosen_nodes(name: str | None, nodes: str | None) -> tuple[Cluster | None, l
         return cluster, cluster_nodes(cluster)
     if name is not None:
         raise UsageError(
-            f"a cluster, {name}, and --nodes {nodes} are both given: give only one of them"
+            f"a cluster, {name}, and --nodes {nodes} are both given: give only one of them",
+            "leave out --nodes"
+            if name in list_clusters()
+            else f"there is no cluster '{name}'; nodes are one list: {nodes},{name}",
         )
     names = [part.strip() for part in nodes.split(",")]
     if not all(names):

@@ -63,7 +63,7 @@ def bench(
 ) -> None:
     """Measure the speed of prompt processing (pp) and generation (tg) of a served model.
 
-    Sizes may be lists, such as 512,2048. Every combination is measured after a warm-up. The table
+    Sizes may be lists, such as 512,2048 or 2k,16k. Every combination is measured after a warm-up. The table
     shows mean and standard deviation; the other formats contain every sample. The prefix cache is
     not used. Single requests are timed by the server's clock, concurrent ones by the client's.
 
@@ -76,10 +76,10 @@ def bench(
         _calibrate(model, url, api_key, repetitions, output)
         return
     cases = make_cases(
-        parse_sizes(prompt, "-p"),
-        parse_sizes(generate, "-n"),
-        parse_sizes(depth, "-d"),
-        parse_sizes(concurrency, "-c", at_least=1),
+        parse_sizes(prompt, "--prompt"),
+        parse_sizes(generate, "--generate"),
+        parse_sizes(depth, "--depth"),
+        parse_sizes(concurrency, "--concurrency", at_least=1),
     )
     target = resolve_target(model, url, api_key)
     with ApiClient(target.url, target.api_key, target.certificate) as client:

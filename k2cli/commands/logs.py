@@ -9,7 +9,11 @@ import typer
 
 def logs(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Id of a run, or the beginning of it.")
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Id of a run, or the beginning of it: of several the live one, else the newest.",
+        ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Continue until the run ends.")

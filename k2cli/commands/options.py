@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -20,7 +21,19 @@ def context_tokens(text: str, option: str = "--context") -> int:
     try:
         return parse_tokens(text)
     except UsageError as error:
-        raise UsageError(f"{option} {error.message}", error.hint) from error
+        raise UsageError(f"{option} {error.message}", f"{option} 4k") from error
+
+
+def some_tokens(text: str, option: str) -> int:
+    """Parse a number of tokens that is 1 or more.
+
+    Raises:
+        UsageError: if the text is not one.
+    """
+    count = context_tokens(text, option)
+    if count < 1:
+        raise UsageError(f"{option} {count} is too small: the minimum is 1", f"{option} 2k")
+    return count
 
 
 def kv_bits(text: str) -> choices.KvBits:
@@ -101,13 +114,27 @@ Context = Annotated[
 PromptTokens = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="Prompt of the request by whose time placements are compared. Default: 2000.",
+        parser=partial(some_tokens, option="--prompt-tokens"),
+        metavar="TOKENS",
+        help="Prompt of the request by whose time placements are compared, such as 60k. "
+        "Default: 2000.",
     ),
 ]
 AnswerTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Answer of that request. Default: 500."),
+    typer.Option(
+        parser=partial(some_tokens, option="--answer-tokens"),
+        metavar="TOKENS",
+        help="Answer of that request. Default: 500.",
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        parser=partial(some_tokens, option="--max-tokens"),
+        metavar="TOKENS",
+        help="Longest answer, such as 256 or 4k.",
+    ),
 ]
 Concurrency = Annotated[
     int | None,

@@ -118,6 +118,11 @@ def plan_memory(
     for text in planner.model.warnings:
         warn(text)
     plan = planner.plan(nodes, request)
+    planned = plan.request
+    if short := request.shortening(
+        planned.prompt_tokens, planned.answer_tokens, planned.context_length
+    ):
+        warn(short)
     if not plan.fits:
         from k2cli.planning.advice import advise
 

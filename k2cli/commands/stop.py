@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 def stop(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Id of a run, or the beginning of it.")
+        str | None,
+        typer.Argument(
+            metavar="RUN", help="Id of a run, or the beginning of it: the live one of several."
+        ),
     ] = None,
     all_runs: Annotated[bool, typer.Option("--all", help="Stop all live runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the stopped runs as JSON.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,7 +108,18 @@ def run_serving(model: str | None) -> RunRecord:
             return run
     serving = ", ".join(sorted({run.model_name for run in live}))
     message = f"no live run serves '{model}'; live runs serve {serving}"
-    raise K2Error(message, f"k2 launch {model} --detach")
+    raise K2Error(message, _launch_of(model) or f"a name of a run, such as {live[0].model_name}")
+
+
+def _launch_of(model: str) -> str | None:
+    """Return the command that starts a model; None if k2 knows none of that name."""
+    from k2cli.models.reference import parse_reference
+
+    try:
+        parse_reference(model)
+    except K2Error:
+        return None
+    return f"k2 launch {shlex.quote(model)} --detach"
 
 
 def _same_folder(one: str, other: str) -> bool:

@@ -11,7 +11,14 @@ from typing import Any
 
 import typer
 
-from k2cli.commands.corrected_line import NEEDED_WITH, corrected_line, has_secret, refusal_of
+from k2cli.commands.corrected_line import (
+    NEEDED_WITH,
+    corrected_line,
+    has_secret,
+    refusal_of,
+    what_is_unknown,
+)
+from k2cli.commands.whole_hint import whole_hint
 from k2cli.errors import K2Error, UsageError
 
 EXAMPLES: Mapping[str, str] = {
@@ -71,9 +78,14 @@ def usage_error_from(
         message = _wrong_value(name, parameter.type, text)
         if message is not None:
             with_it = [NEEDED_WITH[name]] if name in NEEDED_WITH else []
-            example = [command, *_arguments(error), *with_it, _example(name, text, parameter)]
-            return UsageError(message, " ".join(example))
-    message = str(error.format_message() if hasattr(error, "format_message") else error)
+            example = _example(name, text, parameter)
+            whole = _whole_line([*with_it, example], words, parser)
+            return UsageError(
+                message, whole or " ".join([command, *_arguments(error), *with_it, example])
+            )
+    message = what_is_unknown(error) or str(
+        error.format_message() if hasattr(error, "format_message") else error
+    )
     if message.startswith(_EXTRA) and has_secret(words):
         message = _EXTRA
     hint = corrected_line(error, words, parser, EXAMPLES)
@@ -82,6 +94,21 @@ def usage_error_from(
     return UsageError(
         f"{message[:1].lower()}{message[1:].removesuffix('.')}", hint or f"{command} --help"
     )
+
+
+def _whole_line(options: Sequence[str], words: Sequence[str], parser: Any) -> str | None:
+    """Return the user's line with options in place of the same ones with a wrong value.
+
+    None if the parser would refuse it for something else.
+    """
+    if parser is None or has_secret(words):
+        return None
+    line = whole_hint(parser, words, " ".join(options))
+    try:
+        accepted = line.startswith("k2 ") and refusal_of(line, parser) is None
+    except K2Error:  # a value is wrong in a way that the command itself finds
+        return None
+    return line if accepted else None
 
 
 def _accepted(line: str, command: str, parser: Any, most_errors: int) -> str | None:

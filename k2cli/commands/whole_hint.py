@@ -28,16 +28,17 @@ def whole_hint(command: Any, words: Sequence[str], hint: str) -> str:
         words: the command line that failed, without ``k2``.
         hint: the hint of its error; what names no options of the command stays as it is.
     """
-    known = _options(command, words)
+    known, short = _options(command, words)
     if any(word.partition("=")[0] in _SECRETS for word in words):
         return hint
     if left := _LEAVE.fullmatch(hint):
-        rest = _without(words, re.findall(_OPTION, left[1]), known)
+        rest = _without(words, re.findall(_OPTION, left[1]), known, short)
         return shlex.join(["k2", *rest]) if rest is not None and rest != list(words) else hint
     parts = _ALTERNATIVES.split(hint)
     # Every second part is the word between two alternatives.
     whole = "".join(
-        part if index % 2 else _with_options(words, part, known) for index, part in enumerate(parts)
+        part if index % 2 else _with_options(words, part, known, short)
+        for index, part in enumerate(parts)
     )
     if whole == hint:
         return hint
@@ -45,19 +46,26 @@ def whole_hint(command: Any, words: Sequence[str], hint: str) -> str:
     return "; ".join([whole, *more]) if len(whole) <= _LONGEST and whole.isprintable() else hint
 
 
-def _options(command: Any, words: Sequence[str]) -> dict[str, bool]:
-    """Return the long options of the command that a line begins with: True if it has a value."""
+def _options(command: Any, words: Sequence[str]) -> tuple[dict[str, bool], dict[str, str]]:
+    """Return the long options of the command that a line begins with: True if it has a value.
+
+    Also the short ones, with the long name of each.
+    """
     for word in words[:2]:
         command = getattr(command, "commands", {}).get(word, command)
-    return {
-        name: not getattr(parameter, "is_flag", False)
-        for parameter in command.params
-        for name in parameter.opts
-        if name.startswith("--")
-    }
+    long: dict[str, bool] = {}
+    short: dict[str, str] = {}
+    for parameter in command.params:
+        names = [name for name in parameter.opts if name.startswith("--")]
+        long |= dict.fromkeys(names, not getattr(parameter, "is_flag", False))
+        if names:
+            short |= {name: names[0] for name in parameter.opts if name not in names}
+    return long, short
 
 
-def _with_options(words: Sequence[str], part: str, known: Mapping[str, bool]) -> str:
+def _with_options(
+    words: Sequence[str], part: str, known: Mapping[str, bool], short: Mapping[str, str]
+) -> str:
     before = _BEFORE.match(part)
     if before is None:
         return part
@@ -66,7 +74,7 @@ def _with_options(words: Sequence[str], part: str, known: Mapping[str, bool]) ->
     except ValueError:
         return part
     names = _names(added, known)
-    rest = _without(words, names, known) if names else None
+    rest = _without(words, names, known, short) if names else None
     if rest is None:
         return part
     prefix = "" if before[0] in ("use ", "add ") else before[0]
@@ -90,7 +98,10 @@ def _names(added: Sequence[str], known: Mapping[str, bool]) -> list[str]:
 
 
 def _without(
-    words: Sequence[str], names: Sequence[str], known: Mapping[str, bool]
+    words: Sequence[str],
+    names: Sequence[str],
+    known: Mapping[str, bool],
+    short: Mapping[str, str],
 ) -> list[str] | None:
     """Return a command line without some options; None if it has something after ``--``."""
     rest: list[str] = []
@@ -100,8 +111,8 @@ def _without(
             skip = False
         elif word == "--":
             return None
-        elif word.partition("=")[0] in names:
-            skip = known.get(word, False)
+        elif short.get(word, word.partition("=")[0]) in names:
+            skip = known.get(short.get(word, word), False)
         else:
             rest.append(word)
     return rest

@@ -100,7 +100,7 @@ def make_launch_plan(
 ) -> Plan:
     """Make a plan of the model whose headers are in ``folder``, for the memory of the machines.
 
-    ``say`` receives warnings about the model's files.
+    ``say`` receives warnings about the model's files and about what was asked for.
 
     There is one machine per rank, each with the GPUs that its ranks may get. The ranks check that
     they hold what the plan says, so the chosen placement is not traced here.
@@ -135,6 +135,9 @@ def make_launch_plan(
     if request.context_length is None:
         wanted = planner.with_longest_context(memory, wanted)
     plan = planner.plan(memory, wanted, trace_chosen=False)
+    made = plan.request
+    if short := wanted.shortening(made.prompt_tokens, made.answer_tokens, made.context_length):
+        say(f"warning: {short}")
     return replace(plan, model=replace(plan.model, reference=request.model))
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from k2cli.errors import ClusterError
 from k2cli.launch.specification import RunDecisions
 from k2cli.nodes.node import Node
-from k2cli.prefix_folder import PrefixRoom
+from k2cli.prefix_folder import BLOCK_TOKENS, PrefixRoom
 from k2cli.units import format_bytes, one_line
+
+_PRECISION = 2**20
+"""Tokens whose bytes are counted, so that whole numbers are exact enough."""
 
 _SPARE_SHARE = 0.95
 """Of what is free: the part that a size which is recommended takes."""
@@ -17,18 +20,34 @@ _SPARE_SHARE = 0.95
 
 def disk_setting(run: RunDecisions) -> str:
     """Describe the limit of the prefix cache on disk, with two digits of its tokens."""
-    limit, planned = run.request.prefix_disk_bytes, run.plan.request
-    taken = max(node.kv_cache_bytes for node in run.plan.nodes)
-    tokens = limit * planned.context_length * planned.concurrency // max(taken, 1)
+    limit = run.request.prefix_disk_bytes
+    tokens = limit * _PRECISION // _bytes_of(run, _PRECISION)
     tokens -= tokens % 10 ** max(len(str(tokens)) - 2, 0)
     return f"{format_bytes(limit)} per rank, about {tokens:,} tokens"
 
 
+def _bytes_of(run: RunDecisions, tokens: int) -> int:
+    """Return the bytes of so many tokens on the rank that takes most for them, at least 1."""
+    planned = run.plan.request
+    taken = max(node.kv_cache_bytes for node in run.plan.nodes)
+    return max(taken * tokens // (planned.context_length * planned.concurrency), 1)
+
+
 def disk_warnings(run: RunDecisions) -> list[str]:
-    """Return a warning for each node whose disk has less room than its ranks may take."""
+    """Return a warning for each node whose disk has less room than its ranks may take.
+
+    Also one for a size that holds not even one block.
+    """
     limit = run.request.prefix_disk_bytes
     if not limit:
         return []
+    block = _bytes_of(run, BLOCK_TOKENS)
+    if limit < block:
+        return [
+            f"the prefix cache on disk is written in blocks of {BLOCK_TOKENS} tokens, which take "
+            f"up to {format_bytes(block)} per rank: with --prefix-cache-disk {_size(limit)} "
+            "nothing is kept"
+        ]
     ranks: dict[str, list[int]] = {}
     for rank, node in enumerate(run.nodes):
         ranks.setdefault(node.name, []).append(rank)

@@ -96,6 +96,23 @@ class PlanRequest:
                 "--collective-latency 26us",
             )
 
+    def shortening(self, prompt_tokens: int, answer_tokens: int, context_length: int) -> str:
+        """Say that placements were compared by less than was asked for; "" if they were not.
+
+        Args:
+            prompt_tokens: the prompt that they were compared by.
+            answer_tokens: its answer.
+            context_length: the planned context, which holds no more.
+        """
+        wanted = (self.prompt_tokens, self.answer_tokens)
+        if wanted in ((prompt_tokens, answer_tokens), (PROMPT_TOKENS, ANSWER_TOKENS)):
+            return ""
+        return (
+            f"a context of {context_length:,} tokens does not hold a prompt of {wanted[0]:,} with "
+            f"an answer of {wanted[1]:,}: placements are compared by {prompt_tokens:,} and "
+            f"{answer_tokens:,}; --context {sum(wanted)} would hold it"
+        )
+
     def _check_kv_bits(self, nodes: Sequence[NodeMemory]) -> None:
         gpu = next((node for node in nodes if node.device == "cuda"), None)
         if self.kv_bits and gpu is not None:

@@ -354,9 +354,12 @@ def list_runs(
 def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     """Return the run with this id or beginning of an id; without an id, the most recent run.
 
+    If several ids begin like this, the only live run among them is meant.
+
     Args:
         run_id: the argument of the user, or None.
-        live: without an id, consider only live runs.
+        live: without an id, consider only live runs. False also takes the most recent of several
+            that have ended.
 
     Raises:
         K2Error: if there is no such run, or several ids begin like this.
@@ -364,7 +367,7 @@ def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     damaged: dict[str, str] = {}
     runs = list_runs(damaged.__setitem__)
     if run_id is not None:
-        return _by_name(run_id, runs, damaged)
+        return _by_name(run_id, runs, damaged, live=live)
     candidates = [run for run in runs if run.live] if live else runs
     if candidates:
         return candidates[0]
@@ -376,11 +379,16 @@ def find_run(run_id: str | None = None, *, live: bool = True) -> RunRecord:
     raise K2Error("no run is live" if live else "there is no run yet", _LAUNCH_HINT)
 
 
-def _by_name(run_id: str, runs: list[RunRecord], damaged: dict[str, str]) -> RunRecord:
+def _by_name(
+    run_id: str, runs: list[RunRecord], damaged: dict[str, str], *, live: bool
+) -> RunRecord:
     exact = [run for run in runs if run.run_id == run_id]
     begun = exact or [run for run in runs if run_id and run.run_id.startswith(run_id)]
-    if len(begun) == 1:
+    alive = [run for run in begun if run.live or run.state == "orphaned"]
+    if len(begun) == 1 or (begun and not alive and not live):
         return begun[0]
+    if len(alive) == 1:
+        return alive[0]
     if begun:
         names = ", ".join(run.run_id for run in begun)
         raise K2Error(f"'{run_id}' is the beginning of several runs: {names}", "k2 ps")

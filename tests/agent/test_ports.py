@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from k2cli.agent import ports
 from k2cli.errors import ClusterError
 from k2cli.nodes.local import LocalNode
+from k2cli.settings import RUN_OPTION
 from tests.support.as_macos import on_macos
 
 
@@ -46,3 +49,15 @@ def test_the_holder_of_a_port_is_found_where_the_table_of_the_system_needs_root(
         holder = ports.port_holder("127.0.0.1", server.getsockname()[1])
     assert holder is not None
     assert holder.startswith(f"process {os.getpid()} ")
+
+
+def test_a_port_of_a_run_is_named_by_the_run() -> None:
+    """Its command line, cut off in the middle, does not help anybody."""
+    code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); "
+    code += "print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, RUN_OPTION, "demo-1a2b", "--more"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        holder = ports.port_holder("127.0.0.1", int(process.stdout.readline()))
+        process.kill()
+    assert holder == f"run demo-1a2b of k2 (process {process.pid})"

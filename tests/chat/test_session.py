@@ -105,6 +105,9 @@ def test_room_in_the_context() -> None:
     assert check_room(chat, "x" * 99).tokens == 99
     with pytest.raises(K2Error, match="a prompt of 100 tokens, and the context holds 100"):
         check_room(chat, "x" * 100)
+    with pytest.raises(K2Error) as caught:
+        check_room(chat, "x" * 100, "a shorter question")
+    assert caught.value.hint == "a shorter question"
     assert context_warning(chat) is None
     run(chat.ask("first"))
     assert (context_warning(chat) or "").startswith("85% of the context is used (85 of 100 tokens)")

@@ -35,6 +35,7 @@ PREFILL_RATE, DECODE_RATE = 1000.0, 50.0
 
 def test_sizes() -> None:
     assert parse_sizes("512, 2048,0", "-p") == [512, 2048, 0]
+    assert parse_sizes("2k, 16k", "-p") == [2048, 16384]
     cases = make_cases([512, 0], [128], [0, 4096], [1, 4])
     assert [case.name for case in cases] == [
         "pp512", "tg128", "pp512 @ d4096", "tg128 @ d4096",

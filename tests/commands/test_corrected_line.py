@@ -29,6 +29,23 @@ LINES = {
     "launch demo --node a,b": "k2 launch demo --nodes a,b",
     "launch demo --node=a,b": "k2 launch demo --nodes=a,b",
     "launch demo studio-2 --detach": "k2 launch demo --detach",
+    "launch demo --nodes a b --detach": "k2 launch demo --nodes a,b --detach",
+    "launch --nodes a b demo": "k2 launch --nodes a,b demo",
+    "launch demo --nodes a, b": "k2 launch demo --nodes a,b",
+    "launch demo --ctx 4096": "k2 launch demo --context 4096",
+    "launch demo --kv-cache-bits 8": "k2 launch demo --kv-bits 8",
+    "launch demo --parallel diagonal -d": "k2 launch demo -d --parallel auto",
+    "launch demo --port x -d": "k2 launch demo -d --port 8080",
+    "launch --port x": "k2 launch MODEL --port 8080",
+    "bench -r x -p 4": "k2 bench -p 4 --repetitions 5",
+    "bench --json -p 4": "k2 bench -o json -p 4",
+    "chat --model demo -p Hello": "k2 chat demo -p Hello",
+    "stop --run=demo": "k2 stop demo",
+    "plan-memory demo --nodes a,b,c --json": "k2 plan-memory demo --hardware '3x this' --json",
+    "plan demo": "k2 plan-memory demo",
+    "run demo -d": "k2 launch demo -d",
+    "status --json": "k2 ps --json",
+    "kill one": "k2 stop one",
     "stop one two --json": "k2 stop one --json",
     "ps --json=1": "k2 ps --json",
     "download": "k2 download demo",
@@ -98,6 +115,21 @@ def test_a_refused_line_is_answered_with_one_that_is_accepted(line: str) -> None
     assert "s3cret" not in error.message
     if error.hint.startswith("k2 "):
         assert _is_accepted(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    {
+        "plan demo": "no such command 'plan'. Did you mean 'plan-memory'?",
+        "nonsense": "no such command 'nonsense'",
+        "chat --model demo": "no such option: --model",
+        "launch demo --node a": "no such option: --node (Possible options: --nodes)",
+        "launch demo --ctx 1": "no such option: --ctx (Possible options: --context)",
+    }.items(),
+)
+def test_only_what_is_meant_is_offered(line: str, message: str) -> None:
+    """The parser alone offers ``launch`` for ``plan``, and ``--help`` for ``--model``."""
+    assert _refused(line.split()).message == message
 
 
 def _commands() -> Iterator[tuple[list[str], Any]]:

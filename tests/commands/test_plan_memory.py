@@ -121,6 +121,17 @@ def test_the_proposed_launch_has_the_options_of_the_plan(toy_k2: Path) -> None:
     assert proposed in done.stderr.splitlines(), done.stderr
 
 
+def test_a_prompt_that_the_context_does_not_hold_is_told(toy_k2: Path) -> None:
+    """Placements are compared by a shorter one, which may be another placement."""
+    lengths = ["--context", "1k", "--prompt-tokens", "2k", "--answer-tokens", "100"]
+    done = k2_here("plan-memory", str(toy_k2), *lengths)
+    assert (
+        "a context of 1,024 tokens does not hold a prompt of 2,048 with an answer of 100: placements "
+        "are compared by 924 and 100; --context 2148 would hold it"
+    ) in " ".join(done.stderr.split())
+    assert "does not hold" not in k2_here("plan-memory", str(toy_k2), *lengths[:2]).stderr
+
+
 def test_two_ranks_of_one_machine_fit_80_columns(toy_k2: Path) -> None:
     done = k2_here("plan-memory", str(toy_k2), "--hardware", "2x this", "--concurrency", "200")
     assert "localhost rank 1" in done.stdout

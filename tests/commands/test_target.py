@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +65,11 @@ def test_a_live_run_is_found_with_its_key(record: RunRecord) -> None:
         assert done.returncode == 1
         assert "no live run serves 'demo'; live runs serve toy" in done.stderr
         assert "hint: k2 launch demo --detach" in done.stderr
+        done = run_k2("bench", "nonsense")  # no model that could be launched
+        assert "hint: a name of a run, such as toy" in done.stderr
+        done = run_k2("chat", "What is a tree?")
+        assert done.returncode == 2
+        assert "hint: k2 chat -p 'What is a tree?'" in done.stderr
         done = run_k2("bench", "-p", "8", "-n", "0", "-r", "1", "-o", "json")
         assert json.loads(done.stdout)["run"] == {
             "run_id": "toy-1a2b",
@@ -72,6 +80,17 @@ def test_a_live_run_is_found_with_its_key(record: RunRecord) -> None:
             "nodes": ["localhost", "localhost"],
         }
         assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_a_server_of_something_else_is_told_apart() -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=os.devnull)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = run_k2("chat", "--url", url, "-p", "x")
+        server.shutdown()
+    assert f"error: {url}/v1 is no OpenAI-compatible API: HTTP status 404" in done.stderr
+    assert "hint: k2 ps" in done.stderr
 
 
 def test_a_run_that_is_not_ready(record: RunRecord) -> None:

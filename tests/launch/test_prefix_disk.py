@@ -39,8 +39,20 @@ class Other(LocalNode):
 
 def _warnings(limit: int, nodes: list[Other]) -> list[str]:
     request = SimpleNamespace(prefix_disk_bytes=limit)
-    run: Any = SimpleNamespace(request=request, nodes=nodes)
+    plan = SimpleNamespace(
+        request=SimpleNamespace(context_length=1000, concurrency=2),
+        nodes=[SimpleNamespace(kv_cache_bytes=40 * 10**6), SimpleNamespace(kv_cache_bytes=1)],
+    )
+    run: Any = SimpleNamespace(request=request, nodes=nodes, plan=plan)
     return disk_warnings(run)
+
+
+def test_a_size_that_holds_no_block_is_told() -> None:
+    here = Other("gone", Path("/"), None)
+    (told,) = _warnings(5 * 10**6, [here])
+    assert "in blocks of 256 tokens, which take up to 5.1 MB per rank" in told
+    assert told.endswith("with --prefix-cache-disk 5MB nothing is kept")
+    assert "blocks" not in "".join(_warnings(6 * 10**6, [here]))
 
 
 def test_each_node_is_told_apart_with_its_ranks_and_what_they_hold(tmp_path: Path) -> None:

@@ -56,6 +56,21 @@ def make_record(state: RunState = "ready", *, age: float = 0.0) -> RunRecord:
     return record
 
 
+def test_of_several_runs_of_a_name_the_live_one_is_meant() -> None:
+    """``k2 stop demo`` and ``k2 logs demo``, after demo was launched and stopped some times."""
+    older, newer = make_record("stopped", age=20), make_record("stopped", age=10)
+    with pytest.raises(K2Error, match="several runs"):
+        find_run("smollm2")
+    assert find_run("smollm2", live=False) == newer
+    live = make_record(age=30)
+    assert find_run("smollm2") == find_run("smollm2", live=False) == live
+    assert find_run(older.run_id) == older
+    make_record(age=40)
+    for is_live in (True, False):
+        with pytest.raises(K2Error, match="several runs"):
+            find_run("smollm2", live=is_live)
+
+
 def test_a_record_survives_the_way_to_disk_and_back() -> None:
     record = make_record()
     assert record.run_id.startswith("smollm2-135m-")

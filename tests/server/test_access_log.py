@@ -9,6 +9,7 @@ import pytest
 
 from k2cli.protocol import PromptProgress, Tokens
 from tests.server.requests import CHAT, QUESTION, SERVED, encode, events_of, post
+from tests.server.scripted import finished
 from tests.server.watched import watched
 
 CANARY = "canary7f3a"
@@ -47,6 +48,20 @@ def test_a_line_has_the_counts_and_times_of_its_request() -> None:
         assert (counted["dialect"], counted["end"], "in" in counted) == (
             "tokenize", "completed", False,
         )  # fmt: skip
+
+
+def test_a_line_says_how_many_tokens_were_guessed() -> None:
+    """Answers of Messages and Responses have no field for it."""
+    with watched() as server:
+        for drafts in (8, 0):
+            server.engine.enqueue(
+                [Tokens("", encode("Paris")),
+                 finished(5, draft_tokens=drafts, accepted_tokens=drafts and 5)]
+            )  # fmt: skip
+            assert post(server.url, {"messages": QUESTION}, "/v1/messages").status_code == 200
+        server.wait(lambda: len(server.lines) == 2)
+        guessed, plain = (fields_of(line) for line in server.lines)
+        assert (guessed["drafts"], "drafts" in plain) == ("5/8", False)
 
 
 def test_no_contents_and_no_keys_are_logged(caplog: pytest.LogCaptureFixture) -> None:

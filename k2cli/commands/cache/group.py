@@ -59,7 +59,8 @@ def clear(
 ) -> None:
     """Remove the caches of prompts from this machine's disk.
 
-    A run that uses one goes on, and computes its prompts again. Run it on each node of a cluster.
+    A run that uses one goes on. What it has in memory stays there, and is used, until it ends: to
+    remove all that is kept of prompts, stop it first. Run it on each node of a cluster.
 
     Example: k2 cache clear --yes
     """

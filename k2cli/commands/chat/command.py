@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from k2cli.commands import options
 from k2cli.commands.target import ApiKeyOption, ModelArgument, UrlOption
 
 if TYPE_CHECKING:
@@ -36,9 +39,7 @@ def chat(
         typer.Option("--file", "-f", metavar="PATH", help="Quote a file in the first message."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens.")
-    ] = None,
+    max_tokens: options.MaxTokens = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -114,10 +115,14 @@ def chat(
     from k2cli.commands.chat.once import OneShot
     from k2cli.commands.chat.run import ChatRuns
     from k2cli.errors import UsageError
+    from k2cli.units import one_line
 
     if allow_tool and not tools:
         hint = f"--tools {allow_tool[0].partition('__')[0]} --allow-tool {allow_tool[0]}"
         raise UsageError("--allow-tool is for --tools", hint)
+    if model is not None and " " in model.strip() and prompt is None and not os.path.exists(model):
+        shown = shlex.quote(one_line(model))
+        raise UsageError(f"{shown} is no name of a model", f"k2 chat -p {shown}")
     temperature = _checked_temperature(temperature)
     answer_schema = _read_schema(schema, prompt)
     attachments = [read_attachment(name) for name in file or []]
@@ -356,5 +361,6 @@ def _check_room(session: ChatSession, question: str) -> None:
     from k2cli.chat.budget import check_room
     from k2cli.ui.chat.stream import dim_note
 
-    counted, length = check_room(session, question), session.model.context_length
+    hint = "a shorter question or file; or a run with a longer --context"
+    counted, length = check_room(session, question, hint), session.model.context_length
     dim_note(f"prompt: {counted}" + (f" of {length:,}" if length else ""))

@@ -39,6 +39,8 @@ def access_line(
             ("queued", _seconds(admitted - record.queued_at)),
             ("first", "" if first is None else _seconds(first - record.began)),
         ]  # fmt: skip
+        drafts = f"{record.accepted_tokens}/{record.draft_tokens}" if record.draft_tokens else ""
+        fields += [("drafts", drafts)]
         fields += [("pauses", str(record.pauses) if record.pauses else "")]
         fields += [("rate", "" if rate is None else f"{rate:.1f}/s")]
     fields += [("total", _seconds(now - record.began))]

@@ -52,6 +52,8 @@ class RequestRecord:
         prompt_done: tokens of the prompt that are computed or taken from the cache.
         generated_tokens: tokens that the engine has sent, also those after a stop string.
         completion_tokens: tokens of the answer, as ``usage`` counts them.
+        draft_tokens: guessed tokens of a complete answer.
+        accepted_tokens: of these, those that the model generated, too.
         finish_reason: set once the answer is complete.
         failure: status and code of the error that ended it after the response had begun.
     """
@@ -73,6 +75,8 @@ class RequestRecord:
     cached_tokens: int = 0
     generated_tokens: int = 0
     completion_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     reasoning_tokens: int = 0
     pauses: int = 0
     finish_reason: str = ""
@@ -166,6 +170,7 @@ class RequestRecord:
         self.note_completion(usage.completion_tokens)
         self.reasoning_tokens = usage.reasoning_tokens
         self.own_totals.reasoning_tokens[self.dialect] += usage.reasoning_tokens
+        self.draft_tokens, self.accepted_tokens = usage.draft_tokens, usage.accepted_tokens
         self.own_totals.draft_tokens[self.dialect] += usage.draft_tokens
         self.own_totals.accepted_tokens[self.dialect] += usage.accepted_tokens
         self.own_totals.answers[self.dialect, finish_reason] += 1

@@ -19,11 +19,12 @@ from k2cli.commands.target import Target
 from k2cli.protocol import Tokens
 from k2cli.server.served_model import ServedModel
 from tests.server.commands import run_k2
-from tests.server.requests import K2_FORMAT
+from tests.server.requests import K2_FORMAT, encode
 from tests.server.scripted import (
     EngineUnavailable,
     LetterTokenizer,
     ScriptedEngine,
+    finished,
     serving,
 )
 
@@ -227,6 +228,15 @@ def test_a_chat_finds_the_run_that_replaces_its_own(
 # --- reasoning ----------------------------------------------------------------------------------
 
 THINKING = ServedModel("toy", context_length=500, output_format=K2_FORMAT)
+
+
+def test_the_figures_say_what_was_guessed(engine: ScriptedEngine, url: str) -> None:
+    """The only sign of speculation that a user of the terminal sees."""
+    engine.enqueue([Tokens("", encode("Paris")), finished(5, draft_tokens=7, accepted_tokens=3)])
+    done = run_k2("chat", "--url", url, "-p", "Where?")
+    assert "5 tokens (3 guessed)" in done.stderr
+
+
 THOUGHT = "<think>\nThey ask for Paris.\n</think>Paris."
 
 
