@@ -11,7 +11,8 @@ def logs(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="RUN", help="Id of a run, or the beginning of it: of several the live one, else the newest."
+            metavar="RUN",
+            help="Id of a run, or the beginning of it: of several the live one, else the newest.",
         ),
     ] = None,
     follow: Annotated[

@@ -228,6 +228,8 @@ def test_a_chat_finds_the_run_that_replaces_its_own(
 # --- reasoning ----------------------------------------------------------------------------------
 
 THINKING = ServedModel("toy", context_length=500, output_format=K2_FORMAT)
+
+
 def test_the_figures_say_what_was_guessed(engine: ScriptedEngine, url: str) -> None:
     """The only sign of speculation that a user of the terminal sees."""
     engine.enqueue([Tokens("", encode("Paris")), finished(5, draft_tokens=7, accepted_tokens=3)])
