@@ -249,11 +249,11 @@ def test_a_wrong_number_is_named_with_one_that_is_right(path: tuple[str, ...], o
 )
 def test_every_number_of_tokens_is_read_in_the_same_way(command: str, option: str) -> None:
     """A user who writes ``--context 128k`` writes ``--prompt-tokens 60k`` too."""
-    parsed = typer.main.get_command(build_app()).commands[command.split()[0]]  # type: ignore[attr-defined]
+    application: Any = typer.main.get_command(build_app())
+    parsed = application.commands[command.split()[0]]
     (parameter,) = [each for each in parsed.params if option in each.opts]
-    context = parsed.make_context(
-        "k2", ["x", option, "4k"] if "demo" in command else [option, "4k"]
-    )
+    model = ["x"] if "demo" in command else []
+    context = parsed.make_context("k2", [*model, option, "4k"])
     assert context.params[parameter.name] == 4096
     with pytest.raises(UsageError) as caught:
         run_command_line([*command.split(), option, "4kb"])

@@ -63,14 +63,16 @@ def bench(
 ) -> None:
     """Measure the speed of prompt processing (pp) and generation (tg) of a served model.
 
-    Sizes may be lists, such as 512,2048 or 2k,16k. Every combination is measured after a warm-up. The table
-    shows mean and standard deviation; the other formats contain every sample. The prefix cache is
-    not used. Single requests are timed by the server's clock, concurrent ones by the client's.
+    Sizes may be lists, such as 512,2048 or 2k,16k. Every combination is measured after a warm-up.
+    The table shows mean and standard deviation; the other formats contain every sample. The prefix
+    cache is not used. Single requests are timed by the server's clock, concurrent ones by the
+    client's.
 
     Example: k2 bench -p 512,2048 -n 128 -d 0,4096 -r 3 -o json
     """
     from k2cli.bench.cases import check_context, make_cases, parse_sizes
     from k2cli.client.client import ApiClient
+    from k2cli.ui.output import note
 
     if calibrate:
         _calibrate(model, url, api_key, repetitions, output)
@@ -85,6 +87,8 @@ def bench(
     with ApiClient(target.url, target.api_key, target.certificate) as client:
         info = client.pick_model(target.model)
         check_context(cases, info.context_length)
+        names = ", ".join(case.name for case in cases)
+        note(f"measuring {names}: a warm-up and {repetitions} run(s) of each")
         _measure_and_print(client, info, target, cases, repetitions, output)
 
 

@@ -309,7 +309,7 @@ def _like_command(words: Sequence[str], name: str, group: Any) -> str | None:
 
 def _command_like(name: str, group: Any) -> str | None:
     """Return the command of a group that is almost the same, begins so, or means the same."""
-    known = list(group.commands)
+    known: list[str] = list(group.commands)
     if like := difflib.get_close_matches(name, known, 1, _ALIKE):
         return like[0]
     same = [other for names in _SYNONYMS if name in names for other in names]

@@ -39,9 +39,7 @@ def recommended_transport(situation: Situation, links: Sequence[Link]) -> Recomm
     """
     names = [node.node for node in situation.nodes]
     if len(names) < 2:
-        return Recommendation(
-            "local", "one rank on one node needs no other; launch chooses for several"
-        )
+        return Recommendation("local", "one rank needs no other; launch chooses for several")
     obstacle = rdma_obstacle(situation, links)
     if obstacle is None:
         return Recommendation("jaccl", "every pair of nodes is joined by Thunderbolt with RDMA")

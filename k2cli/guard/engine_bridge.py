@@ -63,7 +63,7 @@ class EngineBridge:
                 yield event
                 if isinstance(event, Finished | RequestFailed):
                     return
-            again = self._state == "starting"  # then the cause is a sentence already
+            again = self.state == "starting"  # then the cause is a sentence already
             raise EngineUnavailable(self._cause if again else f"the run has ended: {self._cause}")
         finally:
             self._open.pop(request.request_id, None)

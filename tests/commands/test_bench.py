@@ -280,6 +280,7 @@ def test_the_command_measures_by_the_servers_clock() -> None:
         assert row["tokens_per_second"] == pytest.approx(expected)
         assert (row["clock"], len(row["samples"])) == ("server", 2)
         assert 0 < row["first_token_seconds"] < time.monotonic() - began
+    assert "a warm-up and " in done.stderr.splitlines()[0]
     assert "pp64: warm-up: 1000.00 t/s" in done.stderr
     assert "tg10: run 2 of 2: 50.00 t/s" in done.stderr
     lengths = [(len(request.prompt), request.max_tokens) for request in engine.submitted]

@@ -126,8 +126,8 @@ def test_a_prompt_that_the_context_does_not_hold_is_told(toy_k2: Path) -> None:
     lengths = ["--context", "1k", "--prompt-tokens", "2k", "--answer-tokens", "100"]
     done = k2_here("plan-memory", str(toy_k2), *lengths)
     assert (
-        "a context of 1,024 tokens does not hold a prompt of 2,048 with an answer of 100: placements "
-        "are compared by 924 and 100; --context 2148 would hold it"
+        "a context of 1,024 tokens does not hold a prompt of 2,048 with an answer of 100: "
+        "placements are compared by 924 and 100; --context 2148 would hold it"
     ) in " ".join(done.stderr.split())
     assert "does not hold" not in k2_here("plan-memory", str(toy_k2), *lengths[:2]).stderr
 

@@ -64,7 +64,7 @@ async def test_the_end_of_the_run_breaks_off_open_requests() -> None:
     await asyncio.sleep(0)
     bridge.deliver(Tokens("a", [5]))
     bridge.end("stopped", failed=False)
-    with pytest.raises(EngineUnavailable, match="^the run has ended: stopped$"):
+    with pytest.raises(EngineUnavailable, match=r"^the run has ended: stopped$"):
         await task
     assert seen == [Tokens("a", [5])]
     assert bridge.state == "stopping"
