@@ -37,7 +37,7 @@ def deciding(folder: Path) -> Iterator[None]:
 
 def _locked(folder: Path) -> int | None:
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     limit = Deadline(_MOST_SECONDS)

@@ -252,7 +252,9 @@ ALLOWED = {
     "agent/link.py": "writes into a new private folder",
     "models/safetensors_writer.py": "creation with O_EXCL",
     "models/sources/wheel.py": "a wheel whose digest is pinned, and its copy",
-    "models/files.py": "a folder, to hold its lock; no link is followed",
+    **dict.fromkeys(
+        ["models/files.py", "runs/hand_over.py"], "a folder, to hold its lock; no link is followed"
+    ),
     "models/json_files.py": "read_regular and json.loads, with its errors, for configs",
     "models/safetensors_header.py": "a bounded header, with json.loads' errors",
     "models/sources/hub_headers.py": "bounded bytes, with json.loads' errors",
