@@ -99,10 +99,12 @@ def test_a_broken_push_goes_on_where_it_was(lab: Lab, fault: str) -> None:
     lab.link.set(rate_mbit=300)
     talk = Talk(lab.start("k2a", [*K2, "models", "push", MODEL, "k2b", "--json"]))
     assert wait_for(lambda: _confirmed(lab) >= 1, 60), talk.text
+    lab.link.set(rate_mbit=5)  # the push must not end before the fault, however slow the machine is
     if fault == "receiver":
         removed = lab.exec("k2a", [*K2, "models", "remove", MODEL, "--yes"])
         assert "is being sent by a running push" in removed.stderr
     _break(lab, talk, fault)
+    lab.link.set(rate_mbit=300)
     if fault in ("launcher", "interrupt"):
         status = talk.wait_end(60)
         assert status == (130 if fault == "interrupt" else -signal.SIGKILL)
