@@ -13,8 +13,9 @@ from typing import Any
 
 import psutil
 
-from k2cli.settings import RUN_OPTION
+from k2cli.settings import RUN_OPTION, is_run_id
 from k2cli.system.processes import command_of
+from k2cli.units import one_line
 
 # Below the ports of outgoing connections on Linux and macOS, which could take one meanwhile.
 _PORTS = range(20_000, 32_000)
@@ -83,10 +84,13 @@ def _listener(port: int) -> str | None:
 
 
 def _described(pid: int, words: list[str]) -> str:
-    """Name a process by its command line; a guard by its run, which ``k2 stop`` takes."""
-    if RUN_OPTION in words[:-1]:
-        return f"run {words[words.index(RUN_OPTION) + 1]} of k2 (process {pid})"
-    return f"process {pid} ({' '.join(words)[:80]})"
+    """Name a process by its command line; a guard by its run, which ``k2 stop`` takes.
+
+    Any program can choose its words, which are shown in a terminal.
+    """
+    if RUN_OPTION in words[:-1] and is_run_id(run := words[words.index(RUN_OPTION) + 1]):
+        return f"run {run} of k2 (process {pid})"
+    return f"process {pid} ({one_line(' '.join(words)[:80])})"
 
 
 def _connections() -> Iterator[tuple[psutil.Process, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,12 @@ def some_tokens(text: str, option: str) -> int:
     if count < 1:
         raise UsageError(f"{option} {count} is too small: the minimum is 1", f"{option} 2k")
     return count
+
+
+def _tokens_option(name: str, text: str) -> Any:
+    """Return an option that takes a number of tokens, with its help."""
+    parser = partial(some_tokens, option=name)
+    return typer.Option(parser=parser, metavar="TOKENS", help=text)
 
 
 def kv_bits(text: str) -> choices.KvBits:
@@ -113,28 +119,18 @@ Context = Annotated[
 ]
 PromptTokens = Annotated[
     int | None,
-    typer.Option(
-        parser=partial(some_tokens, option="--prompt-tokens"),
-        metavar="TOKENS",
-        help="Prompt of the request by whose time placements are compared, such as 60k. "
-        "Default: 2000.",
+    _tokens_option(
+        "--prompt-tokens",
+        "Prompt of the request by whose time placements are compared, such as 60k. Default: 2000.",
     ),
 ]
 AnswerTokens = Annotated[
     int | None,
-    typer.Option(
-        parser=partial(some_tokens, option="--answer-tokens"),
-        metavar="TOKENS",
-        help="Answer of that request. Default: 500.",
-    ),
+    _tokens_option("--answer-tokens", "Answer of that request. Default: 500."),
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(
-        parser=partial(some_tokens, option="--max-tokens"),
-        metavar="TOKENS",
-        help="Longest answer, such as 256 or 4k.",
-    ),
+    _tokens_option("--max-tokens", "Longest answer, such as 256 or 4k."),
 ]
 Concurrency = Annotated[
     int | None,

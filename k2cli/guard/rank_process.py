@@ -53,12 +53,14 @@ class RankProcess:
         channel: AsyncChannel[RankMessage],
         page: ProgressPage,
         oom_evidence: OomEvidence,
+        *,
+        over_jaccl: bool,
     ) -> None:
         self._process = process
         self._oom_evidence = oom_evidence
         self._oom_cause = ""
         self._killed_here = False
-        self._over_jaccl = False
+        self._over_jaccl = over_jaccl
         self._seen: psutil.Process | None = None
         self.channel = channel
         self.page = page
@@ -85,8 +87,13 @@ class RankProcess:
         spawned = await spawn_rank(bootstrap, worker, job)
         reader, writer = await open_stream(connection=spawned.connection)
         channel: AsyncChannel[RankMessage] = AsyncChannel(reader, writer, RankMessage)
-        rank = cls(spawned.process, channel, spawned.page, spawned.oom_evidence)
-        rank._over_jaccl = bootstrap.assignment.transport == "jaccl"
+        rank = cls(
+            spawned.process,
+            channel,
+            spawned.page,
+            spawned.oom_evidence,
+            over_jaccl=bootstrap.assignment.transport == "jaccl",
+        )
         control_host = bootstrap.liveness_host
         rank.send(Start(bootstrap.assignment, bootstrap.secret, bootstrap.deadlines, control_host))
         return rank

@@ -13,6 +13,20 @@ from k2cli.protocol import Assignment
 from k2cli.rank.listen_address import bind_only_to
 from k2cli.units import MIB, format_bytes
 
+_ROUNDING_BYTES = 64 * MIB
+"""Memory of small arrays beyond their bytes: a page of 16 KiB each."""
+
+_JACCL_HINTS = {
+    "protection domain": "restart the machine, whose RDMA is used up, unless its port is down: "
+    "ssh {node} ibv_devinfo; ssh -t {node} sudo shutdown -r now",
+    "IPv4-mapped GID": "k2 doctor CLUSTER, which names the port and the command",
+    "to RTR failed with errno 22": "k2 doctor CLUSTER: a port without IPv4, or in a bridge",
+    "to RTR failed with errno 60": "k2 cluster refresh CLUSTER, then k2 doctor CLUSTER: a cable "
+    "leads elsewhere, or a port has another address",
+}
+"""Errors of MLX's JACCL at its start (rdma.cpp), and what has helped: ml-explore/mlx#3207, #3467,
+#4530."""
+
 
 def set_memory_limits(assignment: Assignment) -> None:
     """Apply the plan's limits on MLX's cache of freed arrays, and on all memory; wire weights.
@@ -47,10 +61,6 @@ def wire_weights(assignment: Assignment) -> None:
         mx.set_wired_limit(min(mx.get_active_memory() + _ROUNDING_BYTES, allowed))
 
 
-_ROUNDING_BYTES = 64 * MIB
-"""Memory of small arrays beyond their bytes: a page of 16 KiB each."""
-
-
 def _allowed_bytes(assignment: Assignment, planned_bytes: int) -> int:
     """Return the planned limit, or Metal's own if that is less: MLX refuses any above it.
 
@@ -73,18 +83,6 @@ def _allowed_bytes(assignment: Assignment, planned_bytes: int) -> int:
             "for good: docs/guide/doctor.md)",
         )
     return min(planned_bytes, allowed)
-
-
-_JACCL_HINTS = {
-    "protection domain": "restart the machine, whose RDMA is used up, unless its port is down: "
-    "ssh {node} ibv_devinfo; ssh -t {node} sudo shutdown -r now",
-    "IPv4-mapped GID": "k2 doctor CLUSTER, which names the port and the command",
-    "to RTR failed with errno 22": "k2 doctor CLUSTER: a port without IPv4, or in a bridge",
-    "to RTR failed with errno 60": "k2 cluster refresh CLUSTER, then k2 doctor CLUSTER: a cable "
-    "leads elsewhere, or a port has another address",
-}
-"""Errors of MLX's JACCL at its start (rdma.cpp), and what has helped: ml-explore/mlx#3207, #3467,
-#4530."""
 
 
 def _hint_of_macos(text: str) -> str | None:

@@ -44,7 +44,7 @@ class Awake:
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.terminate()
+            process.kill()  # also ends it if it is stopped: a guard must not wait here
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_END_SECONDS)
 

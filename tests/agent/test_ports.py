@@ -51,13 +51,29 @@ def test_the_holder_of_a_port_is_found_where_the_table_of_the_system_needs_root(
     assert holder.startswith(f"process {os.getpid()} ")
 
 
-def test_a_port_of_a_run_is_named_by_the_run() -> None:
-    """Its command line, cut off in the middle, does not help anybody."""
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        ("demo-1a2b", "run demo-1a2b of k2 (process {})"),
+        ("\x1b[2Jdemo\n-1a2b", "process {} (python -c "),
+    ],
+)
+def test_a_port_of_a_run_is_named_by_the_run(run: str, named: str) -> None:
+    """Its command line, cut off in the middle, does not help anybody; any program may have one."""
     code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); "
     code += "print(s.getsockname()[1], flush=True); sys.stdin.read()"
-    words = [sys.executable, "-c", code, RUN_OPTION, "demo-1a2b", "--more"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    words = ["python", "-c", code, RUN_OPTION, run, "--more"]
+    with subprocess.Popen(
+        words, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         holder = ports.port_holder("127.0.0.1", int(process.stdout.readline()))
         process.kill()
-    assert holder == f"run demo-1a2b of k2 (process {process.pid})"
+    assert holder is not None
+    assert holder.startswith(named.format(process.pid))
+    assert holder.isprintable()
+
+
+def test_a_command_line_is_shown_without_what_controls_a_terminal() -> None:
+    assert ports._described(7, ["a\x1b[2Jb", "c\nd"]) == "process 7 (ab c d)"
+    assert ports._described(7, [RUN_OPTION, "\x1b[2J"]).isprintable()
